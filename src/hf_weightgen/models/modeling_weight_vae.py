@@ -1,0 +1,227 @@
+"""Variational autoencoder over weight tokens, with one token per class.
+
+References: D2NWG (https://huggingface.co/papers/2402.18153), section 3.2 and eq. 1 for the VAE over vectorised layers;
+"uniform blocks" with a linear map of their own in T2W. Ours beyond the paper: class tokens that are decoded from class
+names, so that one generator serves any number of classes; the compatibility of a prompt with class names; and a
+calibrated observation noise p(w|z), without which samples are closer to the zoo's averages than its members are.
+
+Notation used for shapes and units:
+    - B: checkpoints in the batch
+    - T: body tokens of the layout;  C: classes, padded to the largest count in the batch;  S: scalars per token
+    - E: size of prompt and class-name embeddings
+    - Z: scalars of the latent, `prod(latent_shape)`
+    - tokens are standardised weights, see [`WeightTokenizer`]; latents have unit std per dimension once scaled
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+
+@strict
+class WeightVAEConfig(PreTrainedConfig):
+    r"""
+    Args:
+        token_size: S.
+        num_body_tokens: T, see [`WeightTokenizer.num_body_tokens`].
+        embedding_size: E; 384 is all-MiniLM-L6-v2.
+        latent_shape: Latent as an image `(channels, height, width)` for a U-Net.
+        token_width: Each body token has a linear map of its own from S to this width (T2W).
+        hidden_size: Width of the trunk.
+        kl_weight: Beta of eq. 1, per latent dimension and token scalar.
+        noise_scale: Multiplies the calibrated observation noise when weights are generated; 1 reproduces the zoo's spread.
+        match_threshold: Prompt and class names whose compatibility is lower get class tokens without information.
+    """
+
+    model_type = "weight_vae"
+
+    token_size: int = 385
+    num_body_tokens: int = 32
+    embedding_size: int = 384
+    latent_shape: list[int] | tuple[int, ...] = (4, 8, 8)
+    token_width: int = 48
+    hidden_size: int = 384
+    kl_weight: float = 1e-4
+    noise_scale: float = 1.0
+    match_threshold: float = 0.5
+
+
+@dataclass
+class WeightVAEOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Sum of the terms below, present with training inputs.
+        reconstruction_loss: Mean squared error of body tokens plus that of class tokens.
+        kl_loss: KL divergence to the unit Gaussian, per latent dimension.
+        match_loss: Binary cross-entropy of the compatibility of prompts with class names.
+        weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): The reconstruction.
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
+    match_loss: Tensor | None = None
+    weight_tokens: Tensor | None = None
+
+
+class _ResidualMLP(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.up = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+class WeightVAE(PreTrainedModel):
+    config_class = WeightVAEConfig
+    main_input_name = "weight_tokens"
+
+    def __init__(self, config: WeightVAEConfig):
+        super().__init__(config)
+        T, S, E = config.num_body_tokens, config.token_size, config.embedding_size
+        d, H, Z = config.token_width, config.hidden_size, math.prod(config.latent_shape)
+        self.token_in = nn.Parameter(torch.empty(T, S, d))  # every body token has its own map (T2W's chunks)
+        self.token_out = nn.Parameter(torch.empty(T, d, S))
+        self.token_bias = nn.Parameter(torch.empty(T, S))
+        self.body_in = nn.Linear(T * d, H)
+        self.body_out = nn.Linear(H, T * d)
+        self.class_in = nn.Linear(S + E, H)
+        self.class_set = nn.Linear(H, H)
+        self.to_latent = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, 2 * Z))
+        self.from_latent = nn.Sequential(nn.Linear(Z, H), _ResidualMLP(H), _ResidualMLP(H))
+        self.name_in = nn.Linear(E, H)
+        self.name_state = nn.Linear(H, 2 * H)  # scale and shift of the name features by the adapter's latent
+        self.name_out = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, S))
+        self.name_projection = nn.Linear(E, S)  # what a class name alone says of its row
+        self.match_prompt, self.match_name = nn.Linear(E, E, bias=False), nn.Linear(E, E, bias=False)
+        self.match_scale, self.match_bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.register_buffer("latent_mean", torch.zeros(Z))
+        self.register_buffer("latent_std", torch.ones(Z))
+        self.register_buffer("body_noise", torch.zeros(T))  # std of p(w|z) per body token, in token units
+        self.register_buffer("class_noise", torch.zeros(()))
+        self.register_buffer("null_token", torch.zeros(S))  # a head row of zeros, as a token
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        if module is self:
+            init.normal_(self.token_in, std=self.config.token_size**-0.5)
+            init.normal_(self.token_out, std=self.config.token_width**-0.5)
+            init.zeros_(self.token_bias)
+            init.copy_(self.match_scale, torch.tensor(10.0))
+            init.copy_(self.match_bias, torch.tensor(-2.0))
+            for buffer, value in ((self.latent_mean, 0.0), (self.latent_std, 1.0), (self.body_noise, 0.0), (self.class_noise, 0.0), (self.null_token, 0.0)):
+                init.constant_(buffer, value)
+
+    def encode(self, weight_tokens: Tensor, class_embeds: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): Body tokens, then one token per class.
+            class_embeds (`torch.FloatTensor` of shape `(B, C, E)`): Embeddings of the class names.
+            class_mask (`torch.BoolTensor` of shape `(B, C)`): `True` on real classes.
+
+        Returns:
+            Mean and log-variance of the posterior, each `(B, Z)`, not yet scaled to unit std.
+        """
+        T = self.config.num_body_tokens
+        body, rows = weight_tokens[:, :T], weight_tokens[:, T:]
+        hidden = self.body_in(torch.einsum("bts,tsd->btd", body - self.token_bias, self.token_in).flatten(1))  # (B, H)
+        features = F.silu(self.class_in(torch.cat([rows, class_embeds], -1)))  # (B, C, H)
+        weight = class_mask[..., None].to(features.dtype)
+        hidden = hidden + self.class_set((features * weight).sum(1) / weight.sum(1).clamp(min=1))
+        mean, log_variance = self.to_latent(hidden).chunk(2, -1)
+        return mean, log_variance.clamp(-12, 4)
+
+    def decode(self, latents: Tensor, class_embeds: Tensor) -> Tensor:
+        """
+        Args:
+            latents (`torch.FloatTensor` of shape `(B, Z)`): In the encoder's own scale, see [`~WeightVAE.unscale`].
+            class_embeds (`torch.FloatTensor` of shape `(B, C, E)`).
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, T + C, S)`: mean of p(w|z).
+        """
+        hidden = self.from_latent(latents)
+        narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
+        body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
+        scale, shift = self.name_state(hidden)[:, None].chunk(2, -1)
+        rows = self.name_projection(class_embeds) + self.name_out(self.name_in(class_embeds) * (1 + scale) + shift)
+        return torch.cat([body, rows], 1)
+
+    def match(self, prompt_embeds: Tensor, class_embeds: Tensor, class_mask: Tensor) -> Tensor:
+        """Logit that the class names `(B, C, E)` belong to a task that the prompt `(B, E)` asks for: `(B,)`."""
+        prompt = F.normalize(self.match_prompt(prompt_embeds) + prompt_embeds, dim=-1)
+        names = F.normalize(self.match_name(class_embeds) + class_embeds, dim=-1)
+        cosine = torch.einsum("be,bce->bc", prompt, names).masked_fill(~class_mask, 0)
+        return self.match_scale * cosine.sum(-1) / class_mask.sum(-1) + self.match_bias
+
+    def sample_tokens(self, latents: Tensor, class_embeds: Tensor, matches: bool, noise: Tensor) -> Tensor:
+        """
+        Tokens of new checkpoints: the decoder's mean plus its observation noise.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(B, Z)`): Scaled latents as a prior generates them.
+            matches: Whether the class names fit the prompt; if not, the class tokens carry noise alone.
+            noise (`torch.FloatTensor` of shape `(B, T + C, S)`): Unit Gaussian.
+        """
+        T = self.config.num_body_tokens
+        tokens = self.decode(self.unscale(latents), class_embeds)
+        if not matches:
+            tokens = torch.cat([tokens[:, :T], self.null_token.expand(len(tokens), tokens.shape[1] - T, -1)], 1)
+        std = torch.cat([self.body_noise, self.class_noise.expand(tokens.shape[1] - T)])  # (T + C,)
+        return tokens + self.config.noise_scale * std[:, None] * noise
+
+    def scale(self, latents: Tensor) -> Tensor:
+        return (latents - self.latent_mean) / self.latent_std
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        return latents * self.latent_std + self.latent_mean
+
+    def forward(
+        self,
+        weight_tokens: Tensor,
+        padding_mask: Tensor,
+        class_embeds: Tensor,
+        class_mask: Tensor,
+        noise: Tensor,
+        prompt_embeds: Tensor | None = None,
+        other_embeds: Tensor | None = None,
+        other_mask: Tensor | None = None,
+    ) -> WeightVAEOutput:
+        """
+        Args:
+            padding_mask (`torch.BoolTensor` of shape `(B, T + C, S)`): `True` on scalars that count.
+            noise (`torch.FloatTensor` of shape `(B, Z)`): Unit Gaussian of the reparametrisation.
+            prompt_embeds (`torch.FloatTensor` of shape `(B, E)`, *optional*): A prompt of each checkpoint's task.
+            other_embeds, other_mask (*optional*): Class names of another family per checkpoint, as `class_embeds`.
+        """
+        mean, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
+        reconstruction = self.decode(mean + (0.5 * log_variance).exp() * noise, class_embeds)
+        T, mask = self.config.num_body_tokens, padding_mask.to(weight_tokens.dtype)
+        error = (reconstruction - weight_tokens).square() * mask
+        # a mean over scalars per checkpoint, then over checkpoints: equal shares of a batch have equal weight
+        body, rows = (
+            (error[:, part].sum((1, 2)) / mask[:, part].sum((1, 2)).clamp(min=1)).mean() for part in (slice(T), slice(T, None))
+        )
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss, match_loss = body + rows + self.config.kl_weight * kl, None
+        if prompt_embeds is not None:
+            fits = self.match(prompt_embeds, class_embeds, class_mask)
+            foreign = self.match(prompt_embeds, other_embeds, other_mask)
+            match_loss = F.softplus(-fits).mean() + F.softplus(foreign).mean()
+            loss = loss + 0.1 * match_loss
+        return WeightVAEOutput(loss, body + rows, kl, match_loss, reconstruction)

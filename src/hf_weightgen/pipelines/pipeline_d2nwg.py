@@ -1,0 +1,192 @@
+"""D2NWG: latent diffusion over weights, conditioned on text.
+
+Reference: Diffusion-based Neural Network Weights Generation (https://huggingface.co/papers/2402.18153), section 3.4,
+eq. 6 for sampling; classifier-free guidance: https://huggingface.co/papers/2207.12598.
+
+Notation: N samples, C classes, T body tokens, S scalars per token, E size of an embedding, Z scalars of a latent.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.modeling_weight_vae import WeightVAE
+from ..weights.tokenization import WeightTokenizer
+from .pipeline_utils import MismatchWarning, WeightGenOutput, WeightGenPipeline
+
+
+class D2NWGPipeline(WeightGenPipeline):
+    r"""
+    Generates LoRA adapters or small networks from a description of the task.
+
+    Args:
+        vae ([`WeightVAE`]): Weight tokens <-> latents.
+        unet (`UNet2DConditionModel` or [`WeightDenoiser`]): Predicts noise, velocity or flow of latents.
+        scheduler (`SchedulerMixin`): Any scheduler of diffusers with the prediction type that `unet` was trained for.
+        weight_tokenizer ([`WeightTokenizer`]): State dicts <-> weight tokens.
+        target (`dict`): See [`WeightGenOutput`].
+        tasks (`list[dict]`): Known tasks: `name`, `family`, `labels`, `prompt_embedding` (mean over training prompts).
+        encoder (`dict`): `id`, `revision` and `sha256` of the frozen text encoder.
+        prediction_type (`str`): What `unet` predicts.
+        far_below (`float`): Prompts whose cosine to the nearest known task is lower are reported as far.
+        num_inference_steps, guidance_scale: Defaults of a call.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: WeightVAE,
+        unet,
+        scheduler,
+        weight_tokenizer: WeightTokenizer,
+        target: dict,
+        tasks: list,
+        encoder: dict | None = None,
+        prediction_type: str = "v_prediction",
+        far_below: float = 0.4,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        text_encoder=None,
+        tokenizer=None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae, unet=unet, scheduler=scheduler, weight_tokenizer=weight_tokenizer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            target=target, tasks=tasks, encoder=encoder, prediction_type=prediction_type, far_below=far_below,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        num_samples: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        prompt_embeds: Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        output_type: str = "weights",
+        return_dict: bool = True,
+    ) -> WeightGenOutput | tuple:
+        r"""
+        Args:
+            prompt: What the classifier shall do, in a sentence; a list gives `num_samples` weight sets for each.
+            labels: Class names; one list, or one per prompt. Without it, the names of the nearest known task.
+            num_samples: Weight sets per prompt.
+            num_inference_steps: Steps of the scheduler.
+            guidance_scale: 1 follows the prompt as in training, larger values exaggerate it, 0 ignores it.
+            generator: Source of randomness. Each sample has its own noise: the first k of n samples are the same for any n.
+            prompt_embeds (`torch.FloatTensor` of shape `(prompts, E)`): Instead of `prompt`.
+            callback_on_step_end: Called as `callback(pipe, i, t, {"latents": ...})` after each step; may return changed latents.
+            output_type: `"weights"`, or `"latent"` to stop before decoding.
+            return_dict: `False` returns a tuple.
+
+        Raises:
+            TypeError, ValueError: If an argument does not fit; nothing has been generated then.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Give either `prompt` or `prompt_embeds`.")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
+        if output_type not in ("weights", "latent"):
+            raise ValueError(f"`output_type` must be 'weights' or 'latent', got {output_type!r}.")
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`num_inference_steps` must be a whole number of at least 1, got {steps!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, known are {self._callback_tensor_inputs}.")
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._check_scheduler()
+
+        # 1. Conditions: prompt embeddings, and class names from the caller or from the nearest known task
+        prompts = self.check_prompts(prompt) if prompt is not None else ["(embedding)"] * len(prompt_embeds)
+        names = self.check_labels(labels, len(prompts))
+        embeds = self.encoder.embed(prompts) if prompt_embeds is None else prompt_embeds.float()
+        nearest = self.nearest_tasks(embeds)
+        far = [self.warn_if_far(text, near) for text, near in zip(prompts, nearest, strict=True)]
+        names = names or [list(near[0][0]["labels"]) for near in nearest]
+
+        # 2. Every sample has a generator of its own, seeded from the caller's
+        total = len(prompts) * num_samples
+        seeds = [torch.randint(2**62, (1,), generator=generator).item() for _ in range(total)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        # 3. Denoise
+        latents = self._denoise(embeds.repeat_interleave(num_samples, 0), steps, guidance, generators, callback_on_step_end)
+        weights = []
+        if output_type == "weights":
+            for i, labels_of in enumerate(names):
+                part = slice(i * num_samples, (i + 1) * num_samples)
+                weights += self._decode(latents[part], prompts[i], embeds[i], labels_of, far[i], generators[part])
+        self.maybe_free_model_hooks()
+        output = WeightGenOutput(
+            weights=weights,
+            labels=[n for n in names for _ in range(num_samples)],
+            tasks=[near[0][0]["name"] for near in nearest for _ in range(num_samples)],
+            prompts=[p for p in prompts for _ in range(num_samples)],
+            seeds=seeds, target=dict(self.config.target), latents=latents, generator_id=self.source,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _denoise(self, embeds: Tensor, steps: int, guidance: float, generators: list, callback: Callable | None) -> Tensor:
+        """Scaled latents `(N, channels, height, width)` for prompt embeddings `(N, E)`."""
+        shape = tuple(self.vae.config.latent_shape)
+        latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.unet.device)
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else latents
+        extra = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        conditions = torch.cat([embeds, torch.zeros_like(embeds)]) if guidance != 1 else embeds
+        conditions = conditions.to(self.unet.device, self.unet.dtype)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            inputs = torch.cat([latents, latents]) if guidance != 1 else latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                inputs = self.scheduler.scale_model_input(inputs, t)
+            prediction = self.unet(inputs.to(self.unet.dtype), t, encoder_hidden_states=None, class_labels=conditions).sample.float()
+            if guidance != 1:
+                conditional, unconditional = prediction.chunk(2)
+                prediction = unconditional + guidance * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, t, latents, **extra).prev_sample
+            if callback is not None:
+                latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+        return latents.float()
+
+    def _decode(self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], far: bool, generators: list) -> list[dict]:
+        vae = self.vae
+        class_embeds = self.encoder.embed(names).to(vae.device)[None]  # (1, C, E)
+        mask = torch.ones(1, len(names), dtype=torch.bool)
+        fit = vae.match(embed[None].to(vae.dtype), class_embeds.to(vae.dtype), mask).sigmoid().item()
+        matches = far or fit >= vae.config.match_threshold  # the check is only as good as its knowledge of the prompt
+        if not matches:
+            warnings.warn(
+                f"The class names {names[:6]} do not fit the prompt {prompt[:80]!r} (compatibility {fit:.2f}); the classes carry "
+                "no information. Name the classes of the task, describe their task in the prompt, or leave `labels` out.",
+                MismatchWarning, stacklevel=3,
+            )
+        count = vae.config.num_body_tokens + len(names)
+        noise = torch.stack([torch.randn(count, vae.config.token_size, generator=g) for g in generators])
+        tokens = vae.sample_tokens(
+            latents.flatten(1).to(vae.device, vae.dtype), class_embeds.to(vae.dtype).expand(len(latents), -1, -1), matches, noise.to(vae.device, vae.dtype)
+        )
+        return self.weight_tokenizer.decode(tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names)))
+
+    def _check_scheduler(self) -> None:
+        """A scheduler that reads the prediction as something else would produce noise without an error."""
+        config = self.scheduler.config
+        kind = config.get("prediction_type") or ("flow_prediction" if "FlowMatch" in type(self.scheduler).__name__ else None)
+        if kind != self.config.prediction_type:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} works with `prediction_type` {kind!r}, this generator predicts "
+                f"{self.config.prediction_type!r}. Load it as `SchedulerClass.from_config(pipe.scheduler.config)` from a class "
+                "that knows this prediction type."
+            )

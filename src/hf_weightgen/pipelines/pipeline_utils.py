@@ -1,0 +1,278 @@
+"""What all weight-generation pipelines share: loading by `model_index.json`, prompts and labels, and their output.
+
+Notation: N samples, C classes, E size of an embedding.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import components  # noqa: F401  (diffusers finds our classes in this loaded module)
+from ..hub import write_card
+from ..targets.architectures import TargetConfig, TargetModel
+from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_encoder
+
+
+PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
+BUNDLED = Path(__file__).parents[1] / "bundled"
+COMPONENTS = "hf_weightgen.components"
+MAX_PROMPT_CHARACTERS = 4_000
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
+
+
+class MismatchWarning(UserWarning):
+    """The prompt is far from every known task, or the class names do not fit the prompt."""
+
+
+@dataclass
+class WeightGenOutput(BaseOutput):
+    """
+    Generated weights.
+
+    Args:
+        weights (`list[dict[str, torch.Tensor]]`):
+            One state dict per sample, prompt by prompt: a LoRA adapter in PEFT's names with its head, or a whole network.
+            With `output_type="latent"` an empty list.
+        labels (`list[list[str]]`): Per sample the class names, in the order of the head's rows.
+        tasks (`list[str]`): Per sample the known task whose prompts are nearest.
+        prompts (`list[str]`): Per sample the prompt.
+        seeds (`list[int]`): Per sample the seed of its noise.
+        target (`dict`): What receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
+            `{"kind": "network", "config": {...}}`.
+        latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
+        generator_id (`str`): Where the generator was loaded from.
+    """
+
+    weights: list
+    labels: list
+    tasks: list
+    prompts: list
+    seeds: list
+    target: dict
+    latents: Tensor
+    generator_id: str
+
+    def to_model(self, index: int = 0):
+        """
+        The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
+        `id2label`, or a [`TargetModel`].
+        """
+        weights, names = self.weights[index], self.labels[index]
+        id2label = dict(enumerate(names))
+        label2id = {name: i for i, name in id2label.items()}
+        if self.target["kind"] == "network":
+            config = TargetConfig(**self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
+            model = TargetModel(config)
+            model.load_state_dict(weights)
+            return model.eval()
+        base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
+        model = get_peft_model(base, LoraConfig(**self.target["lora"]))
+        unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
+        if unexpected:
+            raise ValueError(
+                f"The base model {self.target['base_model']!r} has no place for {unexpected[0]!r} of the adapter; "
+                "load the base model that the adapter was made for."
+            )
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> list[Path]:
+        """
+        Saves one sample as a plain PEFT (or transformers) folder at `save_directory`, several as `0000`, `0001`, … in it,
+        each with a card and `labels.json`. Folders appear only when they are complete.
+
+        Returns:
+            `list[Path]`: The folders.
+        """
+        root = Path(save_directory)
+        if root.is_file():
+            raise ValueError(f"`save_directory` {str(root)!r} is a file; give a folder.")
+        folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
+        for index, folder in enumerate(folders):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".weightgen-") as temporary:
+                self._write(index, Path(temporary))
+                folder.mkdir(exist_ok=True)
+                for file in Path(temporary).iterdir():
+                    os.replace(file, folder / file.name)
+        return folders
+
+    def _write(self, index: int, folder: Path) -> None:
+        names = self.labels[index]
+        if self.target["kind"] == "network":
+            self.to_model(index).save_pretrained(folder)
+        else:
+            config = LoraConfig(**self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True)
+            config.save_pretrained(folder)
+            tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
+        write_card(
+            folder, kind=self.target["kind"], base_model=self.target.get("base_model"), labels=names, prompt=self.prompts[index],
+            seed=self.seeds[index], task=self.tasks[index], generator=self.generator_id,
+        )
+
+
+class WeightGenPipeline(DiffusionPipeline):
+    """
+    Base of the weight generators. `WeightGenPipeline.from_pretrained` returns the pipeline class that the folder or
+    repository names in its `model_index.json`; `"bundled"` is the small text generator inside this package.
+
+    The text encoder is frozen and shared, so it is not saved: the config names it, and it is loaded at first use.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        path = os.fspath(pretrained_model_name_or_path)
+        if path == "bundled":
+            path = str(BUNDLED)
+            if not (BUNDLED / "model_index.json").is_file():
+                raise FileNotFoundError(f"This installation has no bundled generator in {str(BUNDLED)!r}; reinstall the package.")
+        if os.path.isdir(path):
+            _refuse_unsafe_folder(Path(path))
+        if cls is WeightGenPipeline:
+            hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token", "revision") if k in kwargs}
+            name = cls.load_config(path, **hub).get("_class_name")
+            name = name[1] if isinstance(name, (list, tuple)) else name
+            if name not in PIPELINES:
+                raise ValueError(
+                    f"{path!r} holds a {name!r}, expected one of {sorted(PIPELINES)}; it is no generator of this library, "
+                    "or was made by a newer version of it."
+                )
+            return getattr(import_module(f".{PIPELINES[name]}", __package__), name).from_pretrained(path, **kwargs)
+        pipe = super().from_pretrained(path, **kwargs)
+        pipe._source = "bundled" if path == str(BUNDLED) else path
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """The stock `download` refuses components that do not live in diffusers; ours takes the whole repository, no pickles."""
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"`variant` {kwargs['variant']!r} is not supported for generators on the Hub; choose a `revision`.")
+        kept = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token", "revision") if k in kwargs}
+        return snapshot_download(pretrained_model_name, ignore_patterns=list(PICKLES), **kept)
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Names our components by one stable module, so that the tree may change without breaking saved generators."""
+        for key, value in list(self.config.items()):
+            if isinstance(value, (list, tuple)) and len(value) == 2 and str(value[0]).startswith("hf_weightgen."):
+                self._internal_dict = type(self.config)({**self.config, key: (COMPONENTS, value[1])})
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The frozen text encoder, loaded at first use."""
+        if getattr(self, "_encoder", None) is None:
+            given = getattr(self, "text_encoder", None)
+            if given is not None:
+                self._encoder = TextEncoder(given, self.tokenizer)
+            else:
+                named = self.config.get("encoder") or {"id": MINILM}
+                self._encoder = load_encoder(named["id"], named.get("revision"), sha256=named.get("sha256"))
+        return self._encoder
+
+    @property
+    def source(self) -> str:
+        return getattr(self, "_source", "a generator in memory")
+
+    def check_prompts(self, prompt: str | Sequence[str]) -> list[str]:
+        """
+        Raises:
+            TypeError: If a prompt is not text.
+            ValueError: If there is none, or one is empty or longer than a description can be.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or any(not isinstance(p, str) for p in prompts):
+            raise TypeError(f"`prompt` must be text or a list of texts, got {type(prompt).__name__}: {str(prompt)[:60]!r}.")
+        if not prompts:
+            raise ValueError("`prompt` is an empty list; describe at least one task, e.g. 'sentiment on SST-2'.")
+        for text in prompts:
+            if not any(character.isalnum() for character in text):
+                raise ValueError(f"`prompt` {text!r} says nothing; describe the task, e.g. 'sentiment on SST-2'.")
+            if len(text) > MAX_PROMPT_CHARACTERS:
+                raise ValueError(
+                    f"`prompt` has {len(text):,} characters, expected at most {MAX_PROMPT_CHARACTERS:,}: the text encoder reads "
+                    "256 tokens. Describe the task in a sentence; do not paste the data."
+                )
+        return list(prompts)
+
+    def check_labels(self, labels, num_prompts: int) -> list[list[str]] | None:
+        """One list of class names per prompt, from one list for all or one for each."""
+        if labels is None:
+            return None
+        if isinstance(labels, str) or not isinstance(labels, Sequence):
+            raise TypeError(f"`labels` must be a list of class names, got {type(labels).__name__}: {str(labels)[:60]!r}.")
+        each = [list(names) for names in labels] if labels and not isinstance(labels[0], str) else [list(labels)] * num_prompts
+        if len(each) != num_prompts:
+            raise ValueError(f"`labels` has {len(each)} lists for {num_prompts} prompts; give one list, or one per prompt.")
+        for names in each:
+            if any(not isinstance(name, str) or not name.strip() for name in names):
+                raise ValueError(f"`labels` must hold non-empty names, got {names!r}.")
+            if len(names) < 2:
+                raise ValueError(f"`labels` must name at least 2 classes, got {names!r}.")
+            twice = {name.casefold() for name in names if [n.casefold() for n in names].count(name.casefold()) > 1}
+            if twice:
+                raise ValueError(f"`labels` names {sorted(twice)[0]!r} twice in {names!r}; classes need different names.")
+        return each
+
+    def nearest_tasks(self, prompt_embeds: Tensor, count: int = 3) -> list[list[tuple[dict, float]]]:
+        """For each prompt embedding `(N, E)` the known tasks whose prompts are nearest on average, with their cosines."""
+        known = self.config["tasks"]
+        centres = torch.tensor([task["prompt_embedding"] for task in known])  # (tasks, E), unit length
+        cosines = prompt_embeds @ centres.mT
+        return [[(known[j], row[j].item()) for j in row.argsort(descending=True)[:count].tolist()] for row in cosines]
+
+    def warn_if_far(self, prompt: str, nearest: list[tuple[dict, float]]) -> bool:
+        """Warns if a prompt is far from all known tasks; returns whether it is."""
+        far = nearest[0][1] < self.config["far_below"]
+        if far:
+            names = ", ".join(f"{task['name']} ({cosine:.2f})" for task, cosine in nearest)
+            warnings.warn(
+                f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
+                "Weights for an unseen task can be much weaker: try them on labelled examples first.",
+                MismatchWarning, stacklevel=3,
+            )
+        return far
+
+
+def _refuse_unsafe_folder(folder: Path) -> None:
+    """Generators are safetensors and JSON; a pickle could run code when it is loaded."""
+    for pattern in PICKLES:
+        for found in folder.rglob(pattern):
+            raise ValueError(
+                f"{str(found)!r} is a pickle or another format that can run code when loaded; generators hold safetensors "
+                "only. Remove the file, or convert it to safetensors with a tool that you trust."
+            )
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"No model_index.json in {str(folder)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'.")
+    for name, entry in json.loads(index.read_text()).items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, COMPONENTS, "diffusers", "transformers") and name[0] != "_":
+            if isinstance(entry[0], str) and isinstance(entry[1], str):
+                raise ValueError(f"{str(index)!r} wants {name!r} from the module {entry[0]!r}; only {COMPONENTS}, diffusers and transformers are loaded from.")
+
+
+def copy_into_place(source: Path, destination: Path) -> None:
+    """Moves a finished folder to its name, replacing an older one."""
+    if destination.exists():
+        shutil.rmtree(destination)
+    shutil.move(source, destination)
+
+
+def as_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in weights.items()}

@@ -1,0 +1,1 @@
+"""The networks whose weights are generated, and the tasks that they are made for."""

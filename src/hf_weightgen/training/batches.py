@@ -1,0 +1,125 @@
+"""Zoo rows as tensors, and random draws that depend on (seed, step, place in the global batch) alone.
+
+Every process draws the numbers of the whole global batch and keeps its own rows. So two processes train as one does,
+and a resumed run continues exactly: the step number is all the state that sampling has.
+
+Notation: R rows (checkpoints), T body tokens, C classes (padded), S scalars per token, E embedding size, P prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..weights.tokenization import WeightTokenizer
+
+
+@dataclass
+class StepRandom:
+    """Draws of one step; `rows` of the `total` rows of the global batch belong to this process."""
+
+    seed: int
+    step: int
+    total: int
+    rows: slice
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 101 + purpose)
+
+    def normal(self, *shape: int, purpose: int = 1) -> Tensor:
+        """Unit Gaussian of shape `(local batch, *shape)`."""
+        return torch.randn(self.total, *shape, generator=self._generator(purpose))[self.rows]
+
+    def uniform(self, purpose: int = 2) -> Tensor:
+        """Uniform in [0, 1) of shape `(local batch,)`."""
+        return torch.rand(self.total, generator=self._generator(purpose))[self.rows]
+
+    def integers(self, high: int, purpose: int = 3) -> Tensor:
+        """Integers in [0, high) of shape `(local batch,)`."""
+        return torch.randint(high, (self.total,), generator=self._generator(purpose))[self.rows]
+
+
+@dataclass
+class ZooTensors:
+    """
+    A zoo ready for training.
+
+    Args:
+        weight_tokens: `(R, T + C, S)`.
+        padding_mask: `(R, T + C, S)`, `True` on scalars.
+        task_of: `(R,)`, each row's place in `tasks`.
+        class_embeds: per task `(V, C, E)`: the class names in V wordings, the first of them the task's own.
+        class_mask: `(tasks, C)`, `True` on real classes.
+        prompt_embeds: per task `(P, E)`.
+        families: family of each task.
+    """
+
+    weight_tokens: Tensor
+    padding_mask: Tensor
+    task_of: Tensor
+    tasks: list[str]
+    class_embeds: list[Tensor]
+    class_mask: Tensor
+    prompt_embeds: list[Tensor]
+    families: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: WeightTokenizer,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        task_names: Sequence[str],
+        class_embeds: Mapping[str, Tensor],
+        prompt_embeds: Mapping[str, Tensor],
+        families: Mapping[str, str],
+    ) -> "ZooTensors":
+        """
+        Args:
+            state_dicts, task_names: One checkpoint and its task per row.
+            class_embeds: task -> `(V, classes, E)`; prompt_embeds: task -> `(P, E)`; families: task -> family.
+        """
+        tasks = list(dict.fromkeys(task_names))
+        encoded = tokenizer(state_dicts)
+        widest = encoded["weight_tokens"].shape[1] - tokenizer.num_body_tokens(0)
+        padded = []
+        for task in tasks:
+            wordings, classes, size = class_embeds[task].shape
+            padded.append(torch.cat([class_embeds[task], torch.zeros(wordings, widest - classes, size)], 1))
+        counts = torch.tensor([class_embeds[task].shape[1] for task in tasks])
+        return cls(
+            encoded["weight_tokens"], encoded["padding_mask"], torch.tensor([tasks.index(t) for t in task_names]), tasks,
+            padded, torch.arange(widest) < counts[:, None], [prompt_embeds[t] for t in tasks], [families[t] for t in tasks],
+        )
+
+    def __len__(self) -> int:
+        return len(self.weight_tokens)
+
+    def rows_of_tasks_evenly(self, random: StepRandom) -> Tensor:
+        """Row numbers of a batch: a task at random, then a row of it, so that tasks with many rows do not crowd out others."""
+        task = random.integers(len(self.tasks), purpose=11)
+        place = random.uniform(purpose=12)
+        rows = [torch.nonzero(self.task_of == t).flatten() for t in range(len(self.tasks))]
+        return torch.stack([rows[t][int(u * len(rows[t]))] for t, u in zip(task.tolist(), place.tolist(), strict=True)])
+
+    def names(self, tasks: Tensor, random: StepRandom, purpose: int = 13) -> Tensor:
+        """Class-name embeddings `(b, C, E)` in a random wording each; half of the draws take the task's own wording."""
+        draw = random.uniform(purpose)
+        picked = []
+        for t, u in zip(tasks.tolist(), draw.tolist(), strict=True):
+            wordings = self.class_embeds[t]
+            picked.append(wordings[0 if u < 0.5 else int((u - 0.5) * 2 * len(wordings))])
+        return torch.stack(picked)
+
+    def prompts(self, tasks: Tensor, random: StepRandom, purpose: int = 14) -> Tensor:
+        """A prompt embedding `(b, E)` of each task."""
+        draw = random.uniform(purpose)
+        return torch.stack(
+            [self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)]
+        )
+
+    def other_tasks(self, tasks: Tensor, random: StepRandom, purpose: int = 15) -> Tensor:
+        """For each task one of another family `(b,)`; itself if there is none."""
+        draw = random.uniform(purpose)
+        others = [[o for o, f in enumerate(self.families) if f != family] or [t] for t, family in enumerate(self.families)]
+        return torch.tensor([others[t][int(u * len(others[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)])

@@ -1,0 +1,78 @@
+"""Losses that involve more than one network or the target: VAE with function-space reconstruction, latent diffusion.
+
+References: D2NWG (https://huggingface.co/papers/2402.18153), eq. 1 (VAE), eq. 5 (latent noise prediction); v-prediction:
+Salimans and Ho (https://huggingface.co/papers/2202.00512), appendix D; flow matching: Lipman et al.
+(https://huggingface.co/papers/2210.02747), eq. 23 with sigma_min = 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batches import StepRandom, ZooTensors
+
+
+PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classifier-free guidance
+
+
+def vae_loss(vae: nn.Module, zoo: ZooTensors, random: StepRandom, function_loss: Callable | None = None, weight: float = 1.0) -> Tensor:
+    """
+    Eq. 1 on a batch, with the compatibility of prompts and class names.
+
+    Args:
+        function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
+            the decoded networks are from the originals'. Weight-space error says little about accuracy.
+    """
+    rows = zoo.rows_of_tasks_evenly(random)
+    tasks = zoo.task_of[rows]
+    other = zoo.other_tasks(tasks, random)
+    config = getattr(vae, "module", vae).config
+    output = vae(
+        weight_tokens=zoo.weight_tokens[rows],
+        padding_mask=zoo.padding_mask[rows],
+        class_embeds=zoo.names(tasks, random),
+        class_mask=zoo.class_mask[tasks],
+        noise=random.normal(torch.Size(config.latent_shape).numel()),
+        prompt_embeds=zoo.prompts(tasks, random),
+        other_embeds=zoo.names(other, random, purpose=16),
+        other_mask=zoo.class_mask[other],
+    )
+    if function_loss is None:
+        return output.loss
+    return output.loss + weight * function_loss(output.weight_tokens, zoo.weight_tokens[rows], rows, random)
+
+
+def diffusion_loss(denoiser: nn.Module, scheduler, latents: Tensor, log_std: Tensor, zoo: ZooTensors, random: StepRandom) -> Tensor:
+    """
+    Eq. 5 on a batch of posterior samples; `scheduler.config.prediction_type` decides what the denoiser predicts.
+
+    Args:
+        latents, log_std (`torch.FloatTensor` of shape `(R, channels, height, width)`): Posterior means in unit scale,
+            and the logarithms of the posterior stds in the same scale.
+    """
+    rows = zoo.rows_of_tasks_evenly(random)
+    shape = latents.shape[1:]
+    clean = latents[rows] + log_std[rows].exp() * random.normal(*shape, purpose=4)
+    noise = random.normal(*shape, purpose=5)
+    prompts = zoo.prompts(zoo.task_of[rows], random)
+    prompts = prompts * (random.uniform(purpose=6) >= PROMPT_DROPOUT)[:, None]
+    noisy, timesteps, target = noised(scheduler, clean, noise, random.uniform(purpose=7))
+    return F.mse_loss(denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=prompts).sample, target)
+
+
+def noised(scheduler, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, their timesteps `(b,)` and the denoiser's target, for `uniform` `(b,)` in [0, 1)."""
+    steps = scheduler.config.num_train_timesteps
+    kind = scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers have no such entry
+    if kind == "flow_prediction":
+        sigma = uniform[:, None, None, None]
+        return (1 - sigma) * clean + sigma * noise, uniform * steps, noise - clean
+    timesteps = (uniform * steps).long()
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    if kind == "v_prediction":
+        return noisy, timesteps, scheduler.get_velocity(clean, noise, timesteps)
+    if kind == "epsilon":
+        return noisy, timesteps, noise
+    raise ValueError(f"`prediction_type` {kind!r} cannot be trained; choose 'epsilon', 'v_prediction' or a flow-matching scheduler.")

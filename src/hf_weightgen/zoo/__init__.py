@@ -1,0 +1,1 @@
+"""Model zoos and text-weight pairs as `datasets`."""

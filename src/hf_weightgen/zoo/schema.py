@@ -1,0 +1,458 @@
+"""One row of a zoo is one checkpoint: its weights, and all that is known of where they come from.
+
+Float tensors lie in one flat column that a viewer, SQL and Arrow can read; tensors of other dtypes travel beside them
+as safetensors bytes. A state dict that went into a row comes out of it bit-exact and in the same order.
+
+Rows are kept in Parquet shards `data/train-*.parquet`, the Hub's own layout: `load_dataset(folder)` and the viewer need
+nothing else. A shard appears whole or not at all, so that a kill at any moment loses no finished row.
+
+Notation used for shapes:
+    - D: scalars of all float32, float16 and bfloat16 tensors of a checkpoint
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+from datasets import Dataset, Features, IterableDataset, Json, List, Value, load_dataset
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..weights.layout import dtype_name
+from .parquet import read_table, write_tables
+
+
+FLAT_DTYPES = ("float32", "float16", "bfloat16")  # float32 holds them exactly; all other dtypes go into `extra`
+SPLITS = ("train", "held_out", "base")
+METRICS = ("validation", "test")
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "task": Value("string"),
+        "family": Value("string"),
+        "split": Value("string"),
+        "text": Value("string"),
+        "labels": List(Value("string")),
+        "seed": Value("int64"),
+        "checkpoint": Value("int64"),
+        "epoch": Value("float64"),
+        "metrics": {name: Value("float64") for name in METRICS},
+        "arch": Json(),
+        "tensors": List({"name": Value("string"), "shape": List(Value("int64")), "dtype": Value("string")}),
+        "weights": List(Value("float32")),
+        "extra": Value("large_binary"),
+        "provenance": Json(),
+    }
+)
+HALF_FEATURES = Features({**FEATURES, "weights": List(Value("float16"))})
+
+ROWS_PER_GROUP = 64  # rows that are in memory together while a shard is written, and the unit of streaming
+
+# Words that `datasets` takes for the name of a split when they stand between separators of a file name.
+_SPLIT_WORD = re.compile(r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
+_BROKEN_WORD = r"\1~"
+_ENCODING = {
+    # repeated words are stored once; signs and exponents of all weights side by side compress better
+    "use_dictionary": ["id", "task", "family", "split", "text", "arch", "provenance", "tensors.list.element.name"],
+    "use_byte_stream_split": ["weights.list.element"],
+}
+_REPAIR = "train or harvest the row again, or drop it from the zoo"
+
+
+def make_row(
+    state_dict: Mapping[str, Tensor],
+    *,
+    id: str,
+    task: str,
+    family: str,
+    split: str,
+    text: str,
+    labels: Sequence[str],
+    seed: int | None,
+    checkpoint: int | None,
+    epoch: float | None,
+    arch: Mapping,
+    metrics: Mapping[str, float | None],
+    provenance: Mapping,
+) -> dict:
+    """
+    Puts a checkpoint into a row of [`FEATURES`].
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; its order is kept.
+        id (`str`): What names the row in the whole zoo.
+        split (`str`): `"train"`, `"held_out"` (never used to train a generator) or `"base"` (the shared start).
+        seed, checkpoint, epoch: `None` where it is not known.
+        metrics (`Mapping[str, float]`): `validation` and `test`, fractions; absent, `None` or NaN is not measured.
+        arch, provenance (`Mapping`): Anything that JSON can hold.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, or a field cannot be stored; the message names the row.
+    """
+    if not isinstance(id, str) or not id:
+        raise ValueError(f"`id` names a row of the zoo and must be a non-empty string, got {id!r}.")
+    if split not in SPLITS:
+        raise ValueError(f"Row {id!r}: `split` must be one of {list(SPLITS)}, got {split!r}.")
+    if isinstance(labels, str):
+        raise ValueError(f"Row {id!r}: `labels` is a sequence of names, got the string {labels!r}.")
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise ValueError(f"Row {id!r}: `metrics` has {unknown}; only {list(METRICS)} fit, others go to `provenance`.")
+    tensors, flat, beside = [], [], {}
+    for name, tensor in state_dict.items():
+        value, dtype = tensor.detach().cpu(), dtype_name(tensor.dtype)
+        if value.is_floating_point() and not value.double().isfinite().all():
+            raise ValueError(
+                f"Row {id!r}: tensor {name!r} holds NaN or infinite weights; a zoo takes finite weights only. "
+                "Lower the learning rate, or leave this checkpoint out."
+            )
+        tensors.append({"name": name, "shape": list(value.shape), "dtype": dtype})
+        if dtype in FLAT_DTYPES:
+            flat.append(value.float().flatten().numpy())
+        else:
+            beside[name] = value.clone(memory_format=torch.contiguous_format)  # safetensors refuses shared memory
+    scores = {name: metrics.get(name) for name in METRICS}
+    return {
+        "id": id,
+        "task": task,
+        "family": family,
+        "split": split,
+        "text": text,
+        "labels": list(labels),
+        "seed": seed,
+        "checkpoint": checkpoint,
+        "epoch": epoch,
+        "metrics": {k: None if v is None or math.isnan(v) else float(v) for k, v in scores.items()},
+        "arch": _plain(arch, "arch", id),
+        "tensors": tensors,
+        "weights": np.concatenate(flat) if flat else np.empty(0, np.float32),  # (D,)
+        "extra": safetensors.torch.save(beside) if beside else None,
+        "provenance": _plain(provenance, "provenance", id),
+    }
+
+
+def row_to_state_dict(row: Mapping) -> dict[str, Tensor]:
+    """
+    Inverse of [`make_row`], for a row as it was made or as `datasets` gives it back in any format.
+
+    Raises:
+        ValueError: If the row holds NaN or infinite weights, or its columns contradict each other.
+    """
+    row_id, flat = str(row["id"]), row["weights"]
+    flat = flat.numpy() if isinstance(flat, Tensor) else np.asarray(flat)
+    # a copy, since Arrow's memory is read-only and may be a file
+    values = torch.from_numpy(np.array(flat, dtype=np.float32))  # (D,)
+    specs = [(str(t["name"]), tuple(int(n) for n in t["shape"]), str(t["dtype"])) for t in row["tensors"]]
+    numels = [math.prod(shape) for _, shape, dtype in specs if dtype in FLAT_DTYPES]
+    if sum(numels) != len(values):
+        raise ValueError(
+            f"Row {row_id!r}: `weights` has {len(values)} scalars, the shapes in `tensors` ask for {sum(numels)}; "
+            f"the row is damaged: {_REPAIR}."
+        )
+    beside = _read_extra(row_id, row.get("extra"))
+    pieces = iter(values.split(numels))
+    state_dict = {}
+    for name, shape, dtype in specs:
+        if dtype in FLAT_DTYPES:
+            # a clone, so that no tensor keeps the whole row alive and each can be saved or changed by itself
+            state_dict[name] = next(pieces).view(shape).to(getattr(torch, dtype), copy=True)
+        elif name in beside and (tuple(beside[name].shape), dtype_name(beside[name].dtype)) == (shape, dtype):
+            state_dict[name] = beside[name]
+        else:
+            came = f"{beside[name].dtype} {tuple(beside[name].shape)}" if name in beside else "no such tensor"
+            raise ValueError(
+                f"Row {row_id!r}: tensor {name!r} should be {dtype} {shape}, `extra` has {came}; "
+                f"the row is damaged: {_REPAIR}."
+            )
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not tensor.double().isfinite().all():
+            raise ValueError(f"Row {row_id!r}: tensor {name!r} holds NaN or infinite weights; {_REPAIR}.")
+    return state_dict
+
+
+def zoo_state_dicts(dataset: Dataset, indices: Iterable[int] | None = None) -> Iterator[dict[str, Tensor]]:
+    """
+    The checkpoints of a zoo one after the other, read through Arrow: no Python float is made on the way.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): A zoo, see [`load_zoo`], also after `select` or `filter`.
+        indices (`Iterable[int]`, *optional*): Which rows, in this order; all by default.
+
+    Raises:
+        ValueError: If a row holds NaN or infinite weights, or is damaged; the message names it.
+    """
+    columns = ["id", "tensors", "weights", "extra"]
+    arrow = dataset.select_columns(columns).with_format("arrow")
+    chosen = range(len(dataset)) if indices is None else [int(i) for i in indices]
+    for start in range(0, len(chosen), 64):
+        table = arrow[list(chosen[start : start + 64])]
+        for batch in table.to_batches():
+            ids, tensors, weights, extra = (batch.column(name) for name in columns)
+            specs = tensors.to_pylist()
+            for i in range(len(batch)):
+                yield row_to_state_dict(
+                    {
+                        "id": ids[i].as_py(),
+                        "tensors": specs[i],
+                        "weights": weights[i].values.to_numpy(),
+                        "extra": extra[i].as_py(),
+                    }
+                )
+
+
+def rows_to_table(rows: Sequence[Mapping], half: bool = False) -> pa.Table:
+    """Rows as an Arrow table with the schema of [`FEATURES`], or of [`HALF_FEATURES`] with weights in float16."""
+    schema = FEATURES.arrow_schema
+    arrays = []
+    for field in schema:
+        if field.name == "weights":
+            flat = [np.asarray(row["weights"], dtype=np.float32) for row in rows]
+            arrays.append(_list_array([len(w) for w in flat], np.concatenate(flat)))
+        elif isinstance(FEATURES[field.name], Json):
+            text = [json.dumps(_plain(row[field.name], field.name, row["id"]), ensure_ascii=False) for row in rows]
+            arrays.append(pa.ExtensionArray.from_storage(field.type, pa.array(text, pa.string())))
+        else:
+            arrays.append(pa.array([row[field.name] for row in rows], field.type))
+    table = pa.table(arrays, schema=schema)
+    return to_half(table) if half else table
+
+
+def to_half(table: pa.Table) -> pa.Table:
+    """
+    A table of rows with its weights rounded to float16.
+
+    Raises:
+        ValueError: If a weight is NaN, infinite or beyond ±65504; the message names the row and the tensor.
+    """
+    schema = HALF_FEATURES.arrow_schema
+    weights = table.column("weights").combine_chunks()
+    with np.errstate(over="ignore"):  # reported below, with a name
+        rounded = _list_array(weights.value_lengths(), weights.flatten().to_numpy().astype(np.float16))
+    table = table.set_column(schema.get_field_index("weights"), schema.field("weights"), rounded)
+    _check_finite(table, ", or its weights are too large for float16: write with `half=False`")
+    return table.replace_schema_metadata(schema.metadata)
+
+
+def _check_finite(table: pa.Table, remedy: str = "") -> None:
+    weights = table.column("weights").combine_chunks()
+    good = np.isfinite(weights.flatten().to_numpy())
+    if good.all():
+        return
+    at = int(np.flatnonzero(~good)[0])
+    ends = np.cumsum(weights.value_lengths())
+    i = int(np.searchsorted(ends, at, side="right"))
+    specs = [t for t in table.column("tensors")[i].as_py() if t["dtype"] in FLAT_DTYPES]
+    stops = np.cumsum([math.prod(t["shape"]) for t in specs]) + (ends[i - 1] if i else 0)
+    name = specs[int(np.searchsorted(stops, at, side="right"))]["name"]
+    raise ValueError(
+        f"Row {table.column('id')[i].as_py()!r}: tensor {name!r} holds NaN or infinite weights; {_REPAIR}{remedy}."
+    )
+
+
+def _list_array(lengths: Sequence[int], flat: np.ndarray) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return pa.ListArray.from_arrays(pa.array(offsets).cast(pa.int32()), pa.array(flat))
+
+
+def _plain(value: Mapping, column: str, row_id: str) -> dict:
+    """What JSON keeps of `value`, so that a fresh row equals the same row read back."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Row {row_id!r}: `{column}` cannot be JSON ({error}); use strings, finite numbers, lists and dicts."
+        ) from error
+
+
+def _read_extra(row_id: str, extra: bytes | None) -> dict[str, Tensor]:
+    if extra is None:
+        return {}
+    try:
+        return safetensors.torch.load(bytes(extra))
+    except SafetensorError as error:
+        raise ValueError(
+            f"Row {row_id!r}: `extra` is no safetensors ({error}). The numpy and torch formats of `datasets` drop zero "
+            f"bytes at its end: read the row with `with_format(None)`. If that is no help, {_REPAIR}."
+        ) from error
+
+
+def write_shard(path: str | Path, rows: Iterable[Mapping], half: bool = False) -> Path:
+    """
+    Writes rows into one Parquet file, which appears under its name only when it is complete and on disk.
+
+    Args:
+        path (`str` or `Path`): The file; one that is there is replaced.
+        rows (`Iterable[Mapping]`): Rows of [`make_row`] or of a zoo; read a few at a time.
+        half (`bool`): Whether the weights are rounded to float16.
+
+    Raises:
+        ValueError: If there is no row, two rows have one id, or float16 cannot hold a weight; nothing is written.
+    """
+    rows, seen = iter(rows), set()
+
+    def tables():
+        while batch := list(islice(rows, ROWS_PER_GROUP)):
+            for row in batch:
+                if row["id"] in seen:
+                    raise ValueError(f"Two rows have the id {row['id']!r}; every row of a zoo needs an id of its own.")
+                seen.add(row["id"])
+            yield rows_to_table(batch, half)
+
+    return write_tables(path, tables(), (HALF_FEATURES if half else FEATURES).arrow_schema, **_ENCODING)
+
+
+class ZooFolder:
+    """
+    A zoo that grows on disk, one shard per group of rows that are finished together.
+
+    Args:
+        path (`str` or `Path`): The folder; shards lie in its `data/`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def shards(self) -> list[Path]:
+        """All complete shards, sorted by name; what a killed run left half-written has another kind of name."""
+        return sorted(p for p in (self.path / "data").glob("*.parquet") if not p.name.startswith("."))
+
+    def finished(self) -> set[str]:
+        """
+        Ids of all rows in complete shards.
+
+        Raises:
+            ValueError: If a shard cannot be read, or two shards hold one id.
+        """
+        return {row_id for row_id, _, _ in self.index()}
+
+    def index(self) -> list[tuple[str, Path, int]]:
+        """`(id, shard, row in the shard)` of every row, sorted by id. Raises like [`~ZooFolder.finished`]."""
+        rows = []
+        for shard in self.shards():
+            rows += [(row_id, shard, i) for i, row_id in enumerate(read_table(shard, ["id"]).column("id").to_pylist())]
+        rows.sort()
+        for (row_id, first, _), (other, second, _) in zip(rows, rows[1:], strict=False):
+            if row_id == other:
+                raise ValueError(f"Row {row_id!r} stands in {first} and in {second}; delete one of the two shards.")
+        return rows
+
+    def add(self, group_name: str, rows: Iterable[Mapping]) -> Path:
+        """
+        Writes the rows of one group as a shard; rows that the group already has under other ids are kept.
+
+        Args:
+            group_name (`str`): For example `"sst2-s3"`, which becomes `data/train-sst2-s3.parquet`.
+
+        Raises:
+            ValueError: If a row stands in another shard already; nothing is written then.
+        """
+        if not group_name:
+            raise ValueError("`group_name` names a shard of the zoo and must not be empty.")
+        # "~" breaks the separators around a word such as "test", which would be taken for another split
+        path = self.path / "data" / f"train-{_SPLIT_WORD.sub(_BROKEN_WORD, quote(group_name, safe=''))}.parquet"
+        rows = list(rows)
+        new = {row["id"] for row in rows}
+        for row_id, shard, _ in self.index():
+            if row_id in new and shard != path:
+                raise ValueError(f"Row {row_id!r} of group {group_name!r} stands in {shard} already; give it another id.")
+        if path.exists():
+            rows = [row for row in Dataset(read_table(path, FEATURES)) if row["id"] not in new] + rows
+        return write_shard(path, rows)
+
+    def row(self, id: str) -> dict:
+        """
+        One row by its id.
+
+        Raises:
+            KeyError: If no complete shard holds it.
+        """
+        for row_id, shard, i in self.index():
+            if row_id == id:
+                return Dataset(read_table(shard, FEATURES).slice(i, 1))[0]
+        raise KeyError(f"{self.path} has no row {id!r} in its {len(self.shards())} shards.")
+
+
+def load_zoo(
+    path_or_id: str | Path, revision: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """
+    A zoo as a dataset with the columns of [`FEATURES`], all splits of the column `split` together.
+
+    Args:
+        path_or_id (`str` or `Path`): A folder, one Parquet file, or the id of a dataset on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If a shard of the folder cannot be read, or the dataset is no zoo; the message says which.
+        FileNotFoundError: If the folder has no shard.
+    """
+    path = Path(path_or_id)
+    if path.is_file():
+        read_table(path, ["id"])
+        zoo = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    elif path.is_dir():
+        if not ZooFolder(path).finished():
+            raise FileNotFoundError(f"{path} has no shard `data/*.parquet`, so it is no zoo; build one there first.")
+        zoo = load_dataset(str(path), split="train", streaming=streaming)
+    else:
+        if path.is_absolute() or str(path_or_id).startswith(".") or len(path.parts) > 2:
+            raise FileNotFoundError(f"{path_or_id} is no folder and no file, and cannot be the id of a dataset.")
+        zoo = load_dataset(str(path_or_id), revision=revision, split="train", streaming=streaming)
+    lacking = [name for name in FEATURES if name not in (zoo.features or zoo.resolve_features().features)]
+    if lacking:
+        raise ValueError(f"{path_or_id} is no zoo: it has no column {lacking[0]!r}, and a zoo has {list(FEATURES)}.")
+    return zoo
+
+
+def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: int = 1) -> list[Path]:
+    """
+    Writes a zoo compactly for publication: rows sorted by id, the same bytes for the same rows.
+
+    Args:
+        folder (`str` or `Path`): The folder of a [`ZooFolder`].
+        out (`str` or `Path`): A `.parquet` file, or a folder that gets `data/train-00000-of-0000n.parquet`.
+        half (`bool`): Whether the weights are rounded to float16.
+        num_shards (`int`): How many files a folder gets.
+
+    Returns:
+        `list[Path]`: The files written.
+
+    Raises:
+        ValueError: If a shard is damaged, float16 cannot hold a weight, or `out` holds other shards.
+    """
+    rows, out = ZooFolder(folder).index(), Path(out)
+    if not 1 <= num_shards <= max(1, len(rows)) or (num_shards > 1 and out.suffix == ".parquet"):
+        raise ValueError(f"`num_shards` is {num_shards}, but {len(rows)} rows go to {out}; one file is one shard.")
+    if out.suffix == ".parquet":
+        files = [out]
+    else:
+        files = [out / "data" / f"train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
+        others = [shard for shard in ZooFolder(out).shards() if shard not in files]
+        if others:
+            raise ValueError(f"{others[0]} would be read together with the merged rows; use an empty folder.")
+    read = lru_cache(maxsize=4)(lambda shard: read_table(shard, FEATURES))  # rows of one shard are mostly neighbours after sorting
+
+    def tables(part):
+        for start in range(0, len(part), ROWS_PER_GROUP):
+            batch = part[start : start + ROWS_PER_GROUP]
+            runs = [(shard, [i for _, _, i in run]) for shard, run in groupby(batch, key=lambda row: row[1])]
+            table = pa.concat_tables([read(shard).take(at) for shard, at in runs])
+            _check_finite(table)
+            yield to_half(table) if half else table
+
+    bounds = [len(rows) * i // num_shards for i in range(num_shards + 1)]
+    schema = (HALF_FEATURES if half else FEATURES).arrow_schema
+    return [
+        write_tables(file, tables(rows[start:stop]), schema, **_ENCODING)
+        for file, start, stop in zip(files, bounds, bounds[1:], strict=False)
+    ]
