@@ -11,7 +11,9 @@ import hf_weightgen
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^(?:\$ )?(hf-weightgen [^\n#&]+)", README, flags=re.MULTILINE)
+SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
+COMMANDS = re.findall(r"^(?:.* && )?(hf-weightgen [^\n#]+)", SHELL, flags=re.MULTILINE)
+SCRIPTS = re.findall(r"examples/\w+\.py", README)
 
 
 def test_it_is_short_and_starts_with_the_snippet():
@@ -28,6 +30,10 @@ def test_it_names_no_path_of_a_machine():
 def test_every_relative_link_leads_somewhere():
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_named_script_exists():
+    assert SCRIPTS and [script for script in SCRIPTS if not (ROOT / script).exists()] == []
 
 
 def test_the_set_up_commands_are_those_of_ci_and_make():

@@ -35,6 +35,7 @@ class WeightVAEConfig(PreTrainedConfig):
         latent_shape: Latent as an image `(channels, height, width)` for a U-Net.
         token_width: Each body token has a linear map of its own from S to this width (T2W).
         hidden_size: Width of the trunk.
+        match_size: Width in which prompts and class names are compared.
         kl_weight: Beta of eq. 1, per latent dimension and token scalar.
         noise_scale: Multiplies the calibrated observation noise when weights are generated; 1 reproduces the zoo's spread.
         match_threshold: Prompt and class names whose compatibility is lower get class tokens without information.
@@ -46,8 +47,9 @@ class WeightVAEConfig(PreTrainedConfig):
     num_body_tokens: int = 32
     embedding_size: int = 384
     latent_shape: list[int] | tuple[int, ...] = (4, 8, 8)
-    token_width: int = 48
-    hidden_size: int = 384
+    token_width: int = 32
+    hidden_size: int = 256
+    match_size: int = 64
     kl_weight: float = 1e-4
     noise_scale: float = 1.0
     match_threshold: float = 0.5
@@ -69,6 +71,17 @@ class WeightVAEOutput(ModelOutput):
     kl_loss: Tensor | None = None
     match_loss: Tensor | None = None
     weight_tokens: Tensor | None = None
+
+
+def class_mean(values: Tensor, class_mask: Tensor) -> Tensor:
+    """Mean over real classes: `(B, C, n)` and `(B, C)` to `(B, 1, n)`."""
+    weight = class_mask[..., None].to(values.dtype)
+    return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def centred(rows: Tensor, class_mask: Tensor) -> Tensor:
+    """Class tokens `(B, C, S)` without the shift that all classes share; the softmax does not see it."""
+    return rows - class_mean(rows, class_mask)
 
 
 class _ResidualMLP(nn.Module):
@@ -103,13 +116,12 @@ class WeightVAE(PreTrainedModel):
         self.name_state = nn.Linear(H, 2 * H)  # scale and shift of the name features by the adapter's latent
         self.name_out = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, S))
         self.name_projection = nn.Linear(E, S)  # what a class name alone says of its row
-        self.match_prompt, self.match_name = nn.Linear(E, E, bias=False), nn.Linear(E, E, bias=False)
-        self.match_scale, self.match_bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.match_prompt, self.match_name = nn.Linear(E, config.match_size), nn.Linear(E, config.match_size)
+        self.match_out = nn.Linear(2, 1)
         self.register_buffer("latent_mean", torch.zeros(Z))
         self.register_buffer("latent_std", torch.ones(Z))
         self.register_buffer("body_noise", torch.zeros(T))  # std of p(w|z) per body token, in token units
         self.register_buffer("class_noise", torch.zeros(()))
-        self.register_buffer("null_token", torch.zeros(S))  # a head row of zeros, as a token
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -122,10 +134,10 @@ class WeightVAE(PreTrainedModel):
             init.normal_(self.token_in, std=self.config.token_size**-0.5)
             init.normal_(self.token_out, std=self.config.token_width**-0.5)
             init.zeros_(self.token_bias)
-            init.copy_(self.match_scale, torch.tensor(10.0))
-            init.copy_(self.match_bias, torch.tensor(-2.0))
-            for buffer, value in ((self.latent_mean, 0.0), (self.latent_std, 1.0), (self.body_noise, 0.0), (self.class_noise, 0.0), (self.null_token, 0.0)):
-                init.constant_(buffer, value)
+            init.constant_(self.match_out.weight, 5.0)
+            for buffer in (self.latent_mean, self.body_noise, self.class_noise):
+                init.zeros_(buffer)
+            init.ones_(self.latent_std)
 
     def encode(self, weight_tokens: Tensor, class_embeds: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -140,9 +152,9 @@ class WeightVAE(PreTrainedModel):
         T = self.config.num_body_tokens
         body, rows = weight_tokens[:, :T], weight_tokens[:, T:]
         hidden = self.body_in(torch.einsum("bts,tsd->btd", body - self.token_bias, self.token_in).flatten(1))  # (B, H)
+        rows = centred(rows, class_mask)
         features = F.silu(self.class_in(torch.cat([rows, class_embeds], -1)))  # (B, C, H)
-        weight = class_mask[..., None].to(features.dtype)
-        hidden = hidden + self.class_set((features * weight).sum(1) / weight.sum(1).clamp(min=1))
+        hidden = hidden + self.class_set(class_mean(features, class_mask)[:, 0])
         mean, log_variance = self.to_latent(hidden).chunk(2, -1)
         return mean, log_variance.clamp(-12, 4)
 
@@ -153,7 +165,8 @@ class WeightVAE(PreTrainedModel):
             class_embeds (`torch.FloatTensor` of shape `(B, C, E)`).
 
         Returns:
-            `torch.FloatTensor` of shape `(B, T + C, S)`: mean of p(w|z).
+            `torch.FloatTensor` of shape `(B, T + C, S)`: mean of p(w|z). Class tokens count up to a shift that all
+            classes share, since the softmax over classes does not see it.
         """
         hidden = self.from_latent(latents)
         narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
@@ -164,10 +177,10 @@ class WeightVAE(PreTrainedModel):
 
     def match(self, prompt_embeds: Tensor, class_embeds: Tensor, class_mask: Tensor) -> Tensor:
         """Logit that the class names `(B, C, E)` belong to a task that the prompt `(B, E)` asks for: `(B,)`."""
-        prompt = F.normalize(self.match_prompt(prompt_embeds) + prompt_embeds, dim=-1)
-        names = F.normalize(self.match_name(class_embeds) + class_embeds, dim=-1)
-        cosine = torch.einsum("be,bce->bc", prompt, names).masked_fill(~class_mask, 0)
-        return self.match_scale * cosine.sum(-1) / class_mask.sum(-1) + self.match_bias
+        prompt = F.normalize(self.match_prompt(prompt_embeds), dim=-1)
+        names = F.normalize(self.match_name(class_embeds), dim=-1)
+        cosines = torch.stack([torch.einsum("be,bce->bc", *pair) for pair in ((prompt, names), (prompt_embeds, class_embeds))], -1)
+        return self.match_out(class_mean(cosines, class_mask)[:, 0])[:, 0]
 
     def sample_tokens(self, latents: Tensor, class_embeds: Tensor, matches: bool, noise: Tensor) -> Tensor:
         """
@@ -181,7 +194,7 @@ class WeightVAE(PreTrainedModel):
         T = self.config.num_body_tokens
         tokens = self.decode(self.unscale(latents), class_embeds)
         if not matches:
-            tokens = torch.cat([tokens[:, :T], self.null_token.expand(len(tokens), tokens.shape[1] - T, -1)], 1)
+            tokens = torch.cat([tokens[:, :T], torch.zeros_like(tokens[:, T:])], 1)
         std = torch.cat([self.body_noise, self.class_noise.expand(tokens.shape[1] - T)])  # (T + C,)
         return tokens + self.config.noise_scale * std[:, None] * noise
 
@@ -212,7 +225,8 @@ class WeightVAE(PreTrainedModel):
         mean, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
         reconstruction = self.decode(mean + (0.5 * log_variance).exp() * noise, class_embeds)
         T, mask = self.config.num_body_tokens, padding_mask.to(weight_tokens.dtype)
-        error = (reconstruction - weight_tokens).square() * mask
+        error = reconstruction - weight_tokens
+        error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
         # a mean over scalars per checkpoint, then over checkpoints: equal shares of a batch have equal weight
         body, rows = (
             (error[:, part].sum((1, 2)) / mask[:, part].sum((1, 2)).clamp(min=1)).mean() for part in (slice(T), slice(T, None))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.modeling_weight_vae import WeightVAE
+from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
 from .pipeline_utils import MismatchWarning, WeightGenOutput, WeightGenPipeline
 
@@ -44,8 +45,8 @@ class D2NWGPipeline(WeightGenPipeline):
         unet,
         scheduler,
         weight_tokenizer: WeightTokenizer,
-        target: dict,
-        tasks: list,
+        target: dict | None = None,  # diffusers takes arguments without a default for components
+        tasks: list | None = None,
         encoder: dict | None = None,
         prediction_type: str = "v_prediction",
         far_below: float = 0.4,
@@ -178,7 +179,9 @@ class D2NWGPipeline(WeightGenPipeline):
         tokens = vae.sample_tokens(
             latents.flatten(1).to(vae.device, vae.dtype), class_embeds.to(vae.dtype).expand(len(latents), -1, -1), matches, noise.to(vae.device, vae.dtype)
         )
-        return self.weight_tokenizer.decode(tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names)))
+        weights = self.weight_tokenizer.decode(tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names)))
+        head = self.weight_tokenizer.layouts[0].head
+        return [center_head(state_dict, head) for state_dict in weights]
 
     def _check_scheduler(self) -> None:
         """A scheduler that reads the prediction as something else would produce noise without an error."""

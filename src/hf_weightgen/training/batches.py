@@ -31,9 +31,9 @@ class StepRandom:
         """Unit Gaussian of shape `(local batch, *shape)`."""
         return torch.randn(self.total, *shape, generator=self._generator(purpose))[self.rows]
 
-    def uniform(self, purpose: int = 2) -> Tensor:
-        """Uniform in [0, 1) of shape `(local batch,)`."""
-        return torch.rand(self.total, generator=self._generator(purpose))[self.rows]
+    def uniform(self, *shape: int, purpose: int = 2) -> Tensor:
+        """Uniform in [0, 1) of shape `(local batch, *shape)`."""
+        return torch.rand(self.total, *shape, generator=self._generator(purpose))[self.rows]
 
     def integers(self, high: int, purpose: int = 3) -> Tensor:
         """Integers in [0, high) of shape `(local batch,)`."""
@@ -104,22 +104,27 @@ class ZooTensors:
 
     def names(self, tasks: Tensor, random: StepRandom, purpose: int = 13) -> Tensor:
         """Class-name embeddings `(b, C, E)` in a random wording each; half of the draws take the task's own wording."""
-        draw = random.uniform(purpose)
+        draw = random.uniform(purpose=purpose)
         picked = []
         for t, u in zip(tasks.tolist(), draw.tolist(), strict=True):
             wordings = self.class_embeds[t]
             picked.append(wordings[0 if u < 0.5 else int((u - 0.5) * 2 * len(wordings))])
         return torch.stack(picked)
 
+    def classes(self, tasks: Tensor, most: int, random: StepRandom, purpose: int = 17) -> Tensor:
+        """Numbers `(b, k)` of at most `most` random classes of each task, real ones first: a step need not see all 77."""
+        draw = random.uniform(self.class_mask.shape[1], purpose=purpose)
+        return (draw + (~self.class_mask[tasks])).argsort(1)[:, :most]
+
     def prompts(self, tasks: Tensor, random: StepRandom, purpose: int = 14) -> Tensor:
         """A prompt embedding `(b, E)` of each task."""
-        draw = random.uniform(purpose)
+        draw = random.uniform(purpose=purpose)
         return torch.stack(
             [self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)]
         )
 
     def other_tasks(self, tasks: Tensor, random: StepRandom, purpose: int = 15) -> Tensor:
         """For each task one of another family `(b,)`; itself if there is none."""
-        draw = random.uniform(purpose)
+        draw = random.uniform(purpose=purpose)
         others = [[o for o, f in enumerate(self.families) if f != family] or [t] for t, family in enumerate(self.families)]
         return torch.tensor([others[t][int(u * len(others[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)])

@@ -94,12 +94,15 @@ def calibrate_noise(vae: WeightVAE, zoo: ZooTensors, generated: Sequence[Tensor]
         mask = zoo.padding_mask[runs[task][0]].to(members.dtype)  # (T + C, S)
         count = mask.sum(-1).clamp(min=1)
         spread_zoo = (members.var(0) * mask).sum(-1) / count  # (T + C,)
-        spread_gen = (samples.var(0) * mask[: samples.shape[1]]).sum(-1) / count[: samples.shape[1]]
         classes = int(zoo.class_mask[task].sum())
+        rows = samples[:, T : T + classes]
+        samples = torch.cat([samples[:, :T], rows - rows.mean(1, keepdim=True)], 1)
+        spread_gen = (samples.var(0) * mask[: T + classes]).sum(-1) / count[: T + classes]
         body_zoo.append(spread_zoo[:T])
         body_gen.append(spread_gen[:T])
-        class_zoo.append(spread_zoo[T : T + classes].mean())
-        class_gen.append(spread_gen[T : T + classes].mean())
+        kept = 1 - 1 / classes  # of independent noise, once the mean over classes is taken out
+        class_zoo.append(spread_zoo[T : T + classes].mean() / kept)
+        class_gen.append(spread_gen[T : T + classes].mean() / kept)
     body_zoo, body_gen = torch.stack(body_zoo).mean(0), torch.stack(body_gen).mean(0)
     class_zoo, class_gen = torch.stack(class_zoo).mean(), torch.stack(class_gen).mean()
     vae.body_noise.copy_((body_zoo - body_gen).clamp(min=0).sqrt())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .batches import StepRandom, ZooTensors
 
 
+CLASSES_PER_STEP = 10  # of each checkpoint, at random; the loss is the same on average
 PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classifier-free guidance
 
 
@@ -29,19 +30,30 @@ def vae_loss(vae: nn.Module, zoo: ZooTensors, random: StepRandom, function_loss:
     tasks = zoo.task_of[rows]
     other = zoo.other_tasks(tasks, random)
     config = getattr(vae, "module", vae).config
+    T = config.num_body_tokens
+    most = zoo.class_mask.shape[1] if function_loss else CLASSES_PER_STEP
+    shown, foreign = zoo.classes(tasks, most, random), zoo.classes(other, most, random, purpose=18)
+    pick = torch.cat([torch.arange(T).expand(len(rows), T), T + shown], 1)  # body tokens and the classes of this step
     output = vae(
-        weight_tokens=zoo.weight_tokens[rows],
-        padding_mask=zoo.padding_mask[rows],
-        class_embeds=zoo.names(tasks, random),
-        class_mask=zoo.class_mask[tasks],
+        weight_tokens=_take(zoo.weight_tokens[rows], pick),
+        padding_mask=_take(zoo.padding_mask[rows], pick),
+        class_embeds=_take(zoo.names(tasks, random), shown),
+        class_mask=_take(zoo.class_mask[tasks], shown),
         noise=random.normal(torch.Size(config.latent_shape).numel()),
         prompt_embeds=zoo.prompts(tasks, random),
-        other_embeds=zoo.names(other, random, purpose=16),
-        other_mask=zoo.class_mask[other],
+        other_embeds=_take(zoo.names(other, random, purpose=16), foreign),
+        other_mask=_take(zoo.class_mask[other], foreign),
     )
     if function_loss is None:
         return output.loss
-    return output.loss + weight * function_loss(output.weight_tokens, zoo.weight_tokens[rows], rows, random)
+    in_order = torch.cat([torch.arange(T).expand(len(rows), T), T + shown.argsort(1)], 1)
+    decoded = _take(output.weight_tokens, in_order)
+    return output.loss + weight * function_loss(decoded, zoo.weight_tokens[rows], rows, random)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values[b, index[b]]` for each b of the batch: `(b, n, ...)` and `(b, k)` to `(b, k, ...)`."""
+    return values[torch.arange(len(values))[:, None], index]
 
 
 def diffusion_loss(denoiser: nn.Module, scheduler, latents: Tensor, log_std: Tensor, zoo: ZooTensors, random: StepRandom) -> Tensor:

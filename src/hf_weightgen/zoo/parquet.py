@@ -1,11 +1,18 @@
 """Parquet files that are there whole or not at all. Knows files and columns, and nothing of what is in them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+
+def list_array(lengths: Sequence[int], flat: np.ndarray) -> pa.ListArray:
+    """A column of lists from all of their values one after the other, which are not copied."""
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return pa.ListArray.from_arrays(pa.array(offsets).cast(pa.int32()), pa.array(flat))
 
 
 def read_table(path: str | Path, columns: Iterable[str]) -> pa.Table:
@@ -19,7 +26,7 @@ def read_table(path: str | Path, columns: Iterable[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             lacking = [name for name in columns if name not in file.schema_arrow.names]
-            table = None if lacking else file.read(columns)
+            table = None if lacking else file.read(columns).select(columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"The shard {path} is damaged and cannot be read ({error}). Delete it: building the zoo again makes its "
@@ -60,9 +67,10 @@ def write_tables(path: str | Path, tables: Iterable[pa.Table], schema: pa.Schema
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too must survive a power cut
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too must survive a power cut
+        finally:
+            os.close(folder)
     return path

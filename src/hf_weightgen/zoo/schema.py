@@ -3,8 +3,8 @@
 Float tensors lie in one flat column that a viewer, SQL and Arrow can read; tensors of other dtypes travel beside them
 as safetensors bytes. A state dict that went into a row comes out of it bit-exact and in the same order.
 
-Rows are kept in Parquet shards `data/train-*.parquet`, the Hub's own layout: `load_dataset(folder)` and the viewer need
-nothing else. A shard appears whole or not at all, so that a kill at any moment loses no finished row.
+Rows are kept in Parquet shards `data/train-*.parquet`, the Hub's own layout: `load_dataset(folder)` and the viewer
+need nothing else. A shard appears whole or not at all, so that a kill at any moment loses no finished row.
 
 Notation used for shapes:
     - D: scalars of all float32, float16 and bfloat16 tensors of a checkpoint
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..weights.layout import dtype_name
-from .parquet import read_table, write_tables
+from .parquet import list_array, read_table, write_tables
 
 
 FLAT_DTYPES = ("float32", "float16", "bfloat16")  # float32 holds them exactly; all other dtypes go into `extra`
@@ -58,9 +58,9 @@ HALF_FEATURES = Features({**FEATURES, "weights": List(Value("float16"))})
 
 ROWS_PER_GROUP = 64  # rows that are in memory together while a shard is written, and the unit of streaming
 
-# Words that `datasets` takes for the name of a split when they stand between separators of a file name.
-_SPLIT_WORD = re.compile(r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
-_BROKEN_WORD = r"\1~"
+# Words between separators of a file name that `datasets` takes for the name of a split.
+_SPLIT_WORDS = "training|train|validation|valid|val|dev|testing|test|evaluation|eval"
+_SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({_SPLIT_WORDS})(?![^-._ 0-9])")
 _ENCODING = {
     # repeated words are stored once; signs and exponents of all weights side by side compress better
     "use_dictionary": ["id", "task", "family", "split", "text", "arch", "provenance", "tensors.list.element.name"],
@@ -111,7 +111,7 @@ def make_row(
     tensors, flat, beside = [], [], {}
     for name, tensor in state_dict.items():
         value, dtype = tensor.detach().cpu(), dtype_name(tensor.dtype)
-        if value.is_floating_point() and not value.double().isfinite().all():
+        if not _is_finite(value):
             raise ValueError(
                 f"Row {id!r}: tensor {name!r} holds NaN or infinite weights; a zoo takes finite weights only. "
                 "Lower the learning rate, or leave this checkpoint out."
@@ -175,7 +175,7 @@ def row_to_state_dict(row: Mapping) -> dict[str, Tensor]:
                 f"the row is damaged: {_REPAIR}."
             )
     for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not tensor.double().isfinite().all():
+        if not _is_finite(tensor):
             raise ValueError(f"Row {row_id!r}: tensor {name!r} holds NaN or infinite weights; {_REPAIR}.")
     return state_dict
 
@@ -191,23 +191,22 @@ def zoo_state_dicts(dataset: Dataset, indices: Iterable[int] | None = None) -> I
     Raises:
         ValueError: If a row holds NaN or infinite weights, or is damaged; the message names it.
     """
-    columns = ["id", "tensors", "weights", "extra"]
-    arrow = dataset.select_columns(columns).with_format("arrow")
+    arrow = dataset.select_columns(["id", "tensors", "weights", "extra"]).with_format("arrow")
     chosen = range(len(dataset)) if indices is None else [int(i) for i in indices]
-    for start in range(0, len(chosen), 64):
-        table = arrow[list(chosen[start : start + 64])]
-        for batch in table.to_batches():
-            ids, tensors, weights, extra = (batch.column(name) for name in columns)
-            specs = tensors.to_pylist()
-            for i in range(len(batch)):
-                yield row_to_state_dict(
-                    {
-                        "id": ids[i].as_py(),
-                        "tensors": specs[i],
-                        "weights": weights[i].values.to_numpy(),
-                        "extra": extra[i].as_py(),
-                    }
-                )
+    for start in range(0, len(chosen), ROWS_PER_GROUP):
+        table = arrow[list(chosen[start : start + ROWS_PER_GROUP])]
+        yield from (_arrow_state_dict(table, i) for i in range(len(table)))
+
+
+def _arrow_state_dict(table: pa.Table, i: int) -> dict[str, Tensor]:
+    row = {name: table.column(name)[i] for name in ("id", "tensors", "weights", "extra")}  # nothing is copied yet
+    return row_to_state_dict({k: v.values.to_numpy() if k == "weights" else v.as_py() for k, v in row.items()})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch has no `isfinite` for 8-bit floats
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
 
 
 def rows_to_table(rows: Sequence[Mapping], half: bool = False) -> pa.Table:
@@ -217,9 +216,9 @@ def rows_to_table(rows: Sequence[Mapping], half: bool = False) -> pa.Table:
     for field in schema:
         if field.name == "weights":
             flat = [np.asarray(row["weights"], dtype=np.float32) for row in rows]
-            arrays.append(_list_array([len(w) for w in flat], np.concatenate(flat)))
+            arrays.append(list_array([len(w) for w in flat], np.concatenate(flat)))
         elif isinstance(FEATURES[field.name], Json):
-            text = [json.dumps(_plain(row[field.name], field.name, row["id"]), ensure_ascii=False) for row in rows]
+            text = [json.dumps(row[field.name], ensure_ascii=False) for row in rows]
             arrays.append(pa.ExtensionArray.from_storage(field.type, pa.array(text, pa.string())))
         else:
             arrays.append(pa.array([row[field.name] for row in rows], field.type))
@@ -228,44 +227,29 @@ def rows_to_table(rows: Sequence[Mapping], half: bool = False) -> pa.Table:
 
 
 def to_half(table: pa.Table) -> pa.Table:
-    """
-    A table of rows with its weights rounded to float16.
-
-    Raises:
-        ValueError: If a weight is NaN, infinite or beyond ±65504; the message names the row and the tensor.
-    """
+    """A table of rows with its weights in float16; raises a ValueError for a weight that is no number there."""
     schema = HALF_FEATURES.arrow_schema
     weights = table.column("weights").combine_chunks()
     with np.errstate(over="ignore"):  # reported below, with a name
-        rounded = _list_array(weights.value_lengths(), weights.flatten().to_numpy().astype(np.float16))
+        rounded = list_array(weights.value_lengths(), weights.flatten().to_numpy().astype(np.float16))
     table = table.set_column(schema.get_field_index("weights"), schema.field("weights"), rounded)
-    _check_finite(table, ", or its weights are too large for float16: write with `half=False`")
+    try:
+        _check_finite(table)
+    except ValueError as error:
+        raise ValueError(f"{error} Weights beyond 65504 do not fit into float16: write with `half=False`.") from error
     return table.replace_schema_metadata(schema.metadata)
 
 
-def _check_finite(table: pa.Table, remedy: str = "") -> None:
+def _check_finite(table: pa.Table) -> None:
     weights = table.column("weights").combine_chunks()
-    good = np.isfinite(weights.flatten().to_numpy())
-    if good.all():
-        return
-    at = int(np.flatnonzero(~good)[0])
-    ends = np.cumsum(weights.value_lengths())
-    i = int(np.searchsorted(ends, at, side="right"))
-    specs = [t for t in table.column("tensors")[i].as_py() if t["dtype"] in FLAT_DTYPES]
-    stops = np.cumsum([math.prod(t["shape"]) for t in specs]) + (ends[i - 1] if i else 0)
-    name = specs[int(np.searchsorted(stops, at, side="right"))]["name"]
-    raise ValueError(
-        f"Row {table.column('id')[i].as_py()!r}: tensor {name!r} holds NaN or infinite weights; {_REPAIR}{remedy}."
-    )
-
-
-def _list_array(lengths: Sequence[int], flat: np.ndarray) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return pa.ListArray.from_arrays(pa.array(offsets).cast(pa.int32()), pa.array(flat))
+    bad = np.flatnonzero(~np.isfinite(weights.flatten().to_numpy()))
+    if len(bad):
+        row = np.searchsorted(np.cumsum(weights.value_lengths()), bad[0], side="right")
+        _arrow_state_dict(table, int(row))  # raises, and names the row and the tensor
 
 
 def _plain(value: Mapping, column: str, row_id: str) -> dict:
-    """What JSON keeps of `value`, so that a fresh row equals the same row read back."""
+    """What JSON keeps of `value`: a fresh row equals the same row read back."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -281,8 +265,8 @@ def _read_extra(row_id: str, extra: bytes | None) -> dict[str, Tensor]:
         return safetensors.torch.load(bytes(extra))
     except SafetensorError as error:
         raise ValueError(
-            f"Row {row_id!r}: `extra` is no safetensors ({error}). The numpy and torch formats of `datasets` drop zero "
-            f"bytes at its end: read the row with `with_format(None)`. If that is no help, {_REPAIR}."
+            f"Row {row_id!r}: `extra` is no safetensors ({error}). The numpy and torch formats of `datasets` drop "
+            f"zero bytes at its end: read the row with `with_format(None)`. If that is no help, {_REPAIR}."
         ) from error
 
 
@@ -324,7 +308,7 @@ class ZooFolder:
 
     def shards(self) -> list[Path]:
         """All complete shards, sorted by name; what a killed run left half-written has another kind of name."""
-        return sorted(p for p in (self.path / "data").glob("*.parquet") if not p.name.startswith("."))
+        return sorted((self.path / "data").glob("*.parquet"))
 
     def finished(self) -> set[str]:
         """
@@ -358,13 +342,14 @@ class ZooFolder:
         """
         if not group_name:
             raise ValueError("`group_name` names a shard of the zoo and must not be empty.")
-        # "~" breaks the separators around a word such as "test", which would be taken for another split
-        path = self.path / "data" / f"train-{_SPLIT_WORD.sub(_BROKEN_WORD, quote(group_name, safe=''))}.parquet"
+        # with "~" the word is no split, whose files would be read as another split or twice
+        name = _SPLIT_WORD.sub(r"\1~", quote(group_name, safe=""))
+        path = self.path / "data" / f"train-{name}.parquet"
         rows = list(rows)
         new = {row["id"] for row in rows}
         for row_id, shard, _ in self.index():
             if row_id in new and shard != path:
-                raise ValueError(f"Row {row_id!r} of group {group_name!r} stands in {shard} already; give it another id.")
+                raise ValueError(f"Row {row_id!r} of group {group_name!r} stands in {shard}; give it another id.")
         if path.exists():
             rows = [row for row in Dataset(read_table(path, FEATURES)) if row["id"] not in new] + rows
         return write_shard(path, rows)
@@ -431,16 +416,20 @@ def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: in
         ValueError: If a shard is damaged, float16 cannot hold a weight, or `out` holds other shards.
     """
     rows, out = ZooFolder(folder).index(), Path(out)
-    if not 1 <= num_shards <= max(1, len(rows)) or (num_shards > 1 and out.suffix == ".parquet"):
-        raise ValueError(f"`num_shards` is {num_shards}, but {len(rows)} rows go to {out}; one file is one shard.")
+    most = 1 if out.suffix == ".parquet" else max(1, len(rows))
+    if not 1 <= num_shards <= most:
+        raise ValueError(f"`num_shards` must be 1 to {most} for {len(rows)} rows in {out}, got {num_shards}.")
     if out.suffix == ".parquet":
         files = [out]
     else:
         files = [out / "data" / f"train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
-        others = [shard for shard in ZooFolder(out).shards() if shard not in files]
-        if others:
-            raise ValueError(f"{others[0]} would be read together with the merged rows; use an empty folder.")
-    read = lru_cache(maxsize=4)(lambda shard: read_table(shard, FEATURES))  # rows of one shard are mostly neighbours after sorting
+    others = [p for p in sorted(files[0].parent.glob("*.parquet")) if p not in files]
+    if others and files[0].parent.name == "data":
+        raise ValueError(f"{others[0]} would be read together with the merged rows; use an empty folder.")
+
+    @lru_cache(maxsize=4)  # after sorting, rows of one shard are still mostly neighbours
+    def read(shard):
+        return read_table(shard, FEATURES).cast(FEATURES.arrow_schema)  # a published zoo may be in float16
 
     def tables(part):
         for start in range(0, len(part), ROWS_PER_GROUP):

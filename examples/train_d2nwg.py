@@ -1,0 +1,163 @@
+"""Trains a D2NWG weight generator: VAE over weight tokens, gate, latent diffusion, calibration, pipeline folder.
+
+    accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
+    accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+
+from hf_weightgen.hub import write_card
+from hf_weightgen.models.modeling_denoiser import WeightDenoiser
+from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
+from hf_weightgen.targets.base_models import MINILM, load_encoder
+from hf_weightgen.training.d2nwg import GateError, calibrate_noise, check_gate, encode, fit_latent_scale, reconstruct
+from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.objectives import diffusion_loss, vae_loss
+from hf_weightgen.training.sources import digits_source, text_source
+
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--zoo", help="Folder or Hub id of a zoo of LoRA adapters. Default: small networks on digits, built on the spot.")
+    add("--data_root", help="Folder with datasets under their Hub ids, for the gate's test sets of a text zoo.")
+    add("--output_dir", type=Path, default=Path("runs/d2nwg"), help="Checkpoints, results and, in `pipeline/`, the generator.")
+    add("--networks", type=int, default=256, help="Networks per digit task.")
+    add("--vae_steps", type=int, help="Steps of the autoencoder.")
+    add("--max_train_steps", type=int, help="Steps of the denoiser.")
+    add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
+    add("--learning_rate", type=float, default=1e-3)
+    add("--kl_weight", type=float, default=1e-3)
+    add("--denoiser", choices=("mlp", "unet"), default="mlp")
+    add("--prediction_type", choices=("v_prediction", "epsilon", "flow_prediction"), default="v_prediction")
+    add("--ema_decay", type=float, default=0.999)
+    add("--seed", type=int, default=0)
+    add("--checkpointing_steps", type=int, default=1000)
+    add("--resume_from_checkpoint", help="'latest', or a checkpoint's name.")
+    add("--report_to", help="Tracker of accelerate, e.g. 'tensorboard'.")
+    add("--expected_processes", type=int, help="Stop if accelerate runs another number of processes.")
+    add("--skip_gate", "--skip-gate", action="store_true", help="Go on although reconstruction costs accuracy; the card says so.")
+    return parser.parse_args()
+
+
+def make_denoiser(kind: str) -> torch.nn.Module:
+    if kind == "mlp":
+        return WeightDenoiser()
+    return UNet2DConditionModel(  # no cross-attention: the prompt is added to the time embedding
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D",
+        class_embed_type="projection", projection_class_embeddings_input_dim=384, cross_attention_dim=32,
+    )  # fmt: skip
+
+
+def make_schedulers(prediction_type: str):
+    """The scheduler that training draws noise with, and the few-step one that the pipeline is saved with."""
+    if prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
+    training = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    return training, DPMSolverMultistepScheduler.from_config(training.config)
+
+
+def main():
+    args = parse_args()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to, project_dir=args.output_dir)
+    accelerator.print(f"num_processes: {accelerator.num_processes}")
+    if args.expected_processes not in (None, accelerator.num_processes):
+        raise SystemExit(
+            f"accelerate runs {accelerator.num_processes} process(es), {args.expected_processes} were expected. On CPUs: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N examples/train_d2nwg.py"
+        )
+    if args.report_to:
+        accelerator.init_trackers("d2nwg", {k: str(v) for k, v in vars(args).items()})
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    encoder = load_encoder(MINILM)
+    source = digits_source(encoder, args.networks, args.seed) if args.zoo is None else text_source(encoder, args.zoo, args.data_root)
+    zoo, held_out = source.train, source.held_out
+    accelerator.print(f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.tasks)} tasks ({time.perf_counter() - start:.0f} s)")
+
+    def loop(steps: int, name: str, ema: float = 0.0) -> LoopConfig:
+        return LoopConfig(
+            args.output_dir, steps, args.train_batch_size, args.learning_rate, ema_decay=ema, seed=args.seed,
+            checkpointing_steps=args.checkpointing_steps, resume_from_checkpoint=args.resume_from_checkpoint,
+        )
+
+    # Stage 1: the autoencoder, and whether its reconstructions still work
+    vae = WeightVAE(WeightVAEConfig(token_size=source.tokenizer.token_size, num_body_tokens=source.tokenizer.num_body_tokens(0),
+                                    kl_weight=args.kl_weight, **source.vae_settings))
+    source.initialise(vae)
+    train(accelerator, vae, lambda m, r: vae_loss(m, zoo, r, source.function_loss), loop(args.vae_steps or source.vae_steps, "vae"), "vae")
+    original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
+    reconstructed = source.accuracy(source.state_dicts(held_out, reconstruct(vae, held_out)), held_out)
+    skipped = False
+    try:
+        gate = check_gate(original, reconstructed)
+    except GateError as error:
+        if not args.skip_gate:
+            raise SystemExit(f"Gate: {error}") from None
+        accelerator.print(f"Gate skipped: {error}")
+        gate, skipped = {"losses": {t: 100 * (original[t] - reconstructed[t]) for t in original}}, True
+    accelerator.print("gate: reconstruction costs", {t: round(x, 2) for t, x in gate["losses"].items()}, "points")
+
+    # Stage 2: diffusion over unit-std latents
+    means, log_stds = encode(vae, zoo)
+    fit_latent_scale(vae, means, log_stds)
+    shape = tuple(vae.config.latent_shape)
+    latents, log_stds = vae.scale(means).unflatten(1, shape), (log_stds - vae.latent_std.log()).unflatten(1, shape)
+    denoiser = make_denoiser(args.denoiser)
+    noise_scheduler, scheduler = make_schedulers(args.prediction_type)
+    train(
+        accelerator, denoiser, lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
+        loop(args.max_train_steps or source.max_train_steps, "denoiser", args.ema_decay), "denoiser",
+    )
+    if not accelerator.is_main_process:
+        return
+
+    # Stage 3: bundle, calibrate, measure
+    pipe = D2NWGPipeline(
+        vae=vae.eval(), unet=denoiser.eval(), scheduler=scheduler, weight_tokenizer=source.tokenizer, target=source.target,
+        tasks=source.known_tasks, encoder={"id": MINILM, "revision": None, "sha256": MINILM_SHA256},
+        prediction_type=args.prediction_type, far_below=source.far_below,
+    )
+    pipe._encoder = encoder
+    pipe.set_progress_bar_config(disable=True)
+    generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.tasks]
+    noise = calibrate_noise(vae, zoo, generated, source.runs)
+    report = {"gate": gate, "gate_skipped": skipped, "noise_share": noise, "tasks": source.report(pipe, args.seed),
+              "seconds": time.perf_counter() - start}
+    folder = args.output_dir / "pipeline"
+    pipe.to(torch.float16 if args.zoo else torch.float32)
+    pipe.save_pretrained(folder)
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
+    notes = ["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else []
+    write_card(folder, "generator", base_model=source.target.get("base_model"), prompt=source.known_tasks[0]["name"], generator=str(folder.name),
+               command="accelerate launch examples/train_d2nwg.py" + (f" --zoo {args.zoo}" if args.zoo else ""), notes=notes,
+               facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed})
+    print(json.dumps(report["tasks"], indent=1))
+    print(f"saved {folder} after {report['seconds']:.0f} s")
+
+
+@torch.no_grad()
+def sample_tokens(pipe: D2NWGPipeline, source, task: str, count: int, seed: int) -> torch.Tensor:
+    """Noiseless tokens of a task, each from a training prompt of its own."""
+    index = source.train.tasks.index(task)
+    prompts, embeds = source.train.prompt_embeds[index], source.train.class_embeds[index][:1]
+    chosen = prompts[torch.arange(count) % len(prompts)]
+    latents = pipe(prompt_embeds=chosen, output_type="latent", generator=torch.Generator().manual_seed(seed)).latents
+    return pipe.vae.decode(pipe.vae.unscale(latents.flatten(1)), embeds.expand(count, -1, -1))
+
+
+if __name__ == "__main__":
+    main()

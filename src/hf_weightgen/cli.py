@@ -1,0 +1,153 @@
+"""`hf-weightgen`: parse, call, print. Heavy imports wait until a command needs them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Weights of neural networks, on request.")
+zoo_app = typer.Typer(no_args_is_help=True, help="Build model zoos.")
+app.add_typer(zoo_app, name="zoo")
+
+Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same weights.")]
+DataRoot = Annotated[Optional[Path], typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")]
+Format = Annotated[str, typer.Option("--format", help="'text' or 'json'.")]
+Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, or 'bundled'.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the classifier shall do, e.g. 'sentiment on SST-2'.")],
+    try_: Annotated[Optional[list[str]], typer.Option("--try", help="Text to classify; may be repeated.")] = None,
+    try_pair: Annotated[Optional[tuple[str, str]], typer.Option(help="Two texts to classify, for pair tasks.")] = None,
+    labels: Annotated[Optional[str], typer.Option(help="Class names, separated by commas.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Adapters to generate.")] = 1,
+    seed: Seed = 0,
+    generator: Generator = "bundled",
+    num_inference_steps: Annotated[Optional[int], typer.Option(help="Steps of the scheduler.")] = None,
+    guidance_scale: Annotated[Optional[float], typer.Option(help="How strongly the prompt is followed; 1 as in training.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")] = None,
+    format_: Format = "text",
+):
+    """Generate weights from a description of the task."""
+    _check_format(format_)
+    if out is not None and out.is_file():
+        raise ValueError(f"--out {str(out)!r} is a file; give a folder.")
+    import torch
+
+    from .pipelines.pipeline_utils import WeightGenPipeline
+
+    pipe = WeightGenPipeline.from_pretrained(generator)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    output = pipe(
+        prompt,
+        labels=[name.strip() for name in labels.split(",")] if labels else None,
+        num_samples=num_samples,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
+    folders = output.save_pretrained(out) if out is not None else []
+    results = []
+    for i in range(num_samples):
+        tried = _classify(output, i, texts) if texts else []
+        results.append({"labels": output.labels[i], "tried": tried} | ({"folder": str(folders[i])} if folders else {}))
+    if format_ == "json":
+        print(json.dumps({"prompt": prompt, "nearest_task": output.tasks[0], "seed": seed, "samples": results}, ensure_ascii=False, indent=1))
+        return
+    print(f"nearest known task: {output.tasks[0]}; classes: {', '.join(output.labels[0])}")
+    for i, result in enumerate(results):
+        for tried in result["tried"]:
+            print((f"[{i}] " if num_samples > 1 else "") + f"{tried['label']} {tried['probability']:.3f}  {tried['text']}")
+        if folders:
+            print(f"saved {result['folder']}")
+
+
+def _classify(output, index: int, texts: list) -> list[dict]:
+    import torch
+
+    from .targets.base_models import load_tokenizer
+
+    if output.target["kind"] != "adapter":
+        raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
+    model, tokenizer = output.to_model(index), load_tokenizer(output.target["base_model"])
+    tried = []
+    for text in texts:
+        first, second = text if isinstance(text, tuple) else (text, None)
+        encoded = tokenizer(first, second, truncation=True, max_length=256, return_tensors="pt")
+        with torch.no_grad():
+            probabilities = model(**encoded).logits[0].softmax(-1)
+        best = int(probabilities.argmax())
+        tried.append({"text": first if second is None else [first, second], "label": model.config.id2label[best],
+                      "probability": round(probabilities[best].item(), 4)})
+    return tried
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="A known task, or a JSON file with a task of your own.")],
+    generator: Generator = "bundled",
+    zoo: Annotated[Optional[str], typer.Option(help="Folder or Hub id of the zoo; recomputes the rows that are otherwise stored.")] = None,
+    data_root: DataRoot = None,
+    n: Annotated[int, typer.Option(help="Adapters per row, and the n of best-of-n.")] = 10,
+    seed: Seed = 0,
+    cache: Annotated[Optional[Path], typer.Option(help="Folder that keeps predictions, so that an interrupted table resumes.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="File for the rows as JSON.")] = None,
+    format_: Format = "text",
+):
+    """Print the honest table: generated weights beside everything that they must beat."""
+    _check_format(format_)
+    from .evaluation.generator import evaluate_generator
+    from .evaluation.table import format_table, write_results
+    from .pipelines.pipeline_utils import WeightGenPipeline
+    from .targets.tasks import get_task, load_task_spec
+
+    spec = load_task_spec(task) if task.endswith(".json") else get_task(task)
+    pipe = WeightGenPipeline.from_pretrained(generator)
+    pipe.set_progress_bar_config(disable=True)
+    rows = evaluate_generator(pipe, spec, data_root, zoo, n, seed, cache, on_row=lambda row: print(f"  {row['method']}", file=sys.stderr))
+    command = f"hf-weightgen evaluate {spec.name} --n {n} --seed {seed}"
+    if out is not None:
+        write_results(out, spec.name, command, seed, rows)
+    print(json.dumps(rows, indent=1) if format_ == "json" else format_table(rows))
+
+
+@zoo_app.command("build")
+def zoo_build(
+    folder: Annotated[Path, typer.Argument(help="Where the shards are written; calling it again continues.")],
+    tasks: Annotated[Optional[str], typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")] = None,
+    seeds: Annotated[int, typer.Option(help="Members per task; the last seed is held out.")] = 6,
+    passes: Annotated[int, typer.Option(help="Sentences that one member reads in training.")] = 5000,
+    data_root: DataRoot = None,
+):
+    """Train a zoo of LoRA adapters for all-MiniLM-L6-v2."""
+    from .targets.tasks import TASKS, get_task
+    from .zoo.build import ZooConfig, build_zoo
+
+    wide = [TASKS["clinc150"]]  # many class names: only the shared base adapter reads it
+    specs = [get_task(name.strip()) for name in tasks.split(",")] if tasks else [t for t in TASKS.values() if t not in wide]
+    config = ZooConfig(seeds=seeds, passes=passes)
+    built = build_zoo(specs, folder, config, data_root, base_only=[] if tasks else wide)
+    print(f"{len(built.finished())} rows in {folder}")
+
+
+def _check_format(name: str) -> None:
+    if name not in ("text", "json"):
+        raise ValueError(f"--format must be 'text' or 'json', got {name!r}.")
+
+
+def main() -> None:
+    """Runs a command; an error that says what to do is printed without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The honest table of a pipeline: its prompts, its zoo and the data of a task, brought together.
+
+Known tasks are tested on the splits that the zoo was built on; a task of the user's own is an unseen one, and its
+zoo rows are those of the nearest known task (the look-up).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+
+from ..targets.base_models import load_classifier, load_tokenizer
+from ..targets.functional import BIAS, WEIGHT, AdapterTarget
+from ..targets.tasks import TASKS, TaskSpec
+from ..weights.lora import canonicalize, center_head
+from ..zoo.schema import load_zoo, zoo_state_dicts
+from ..zoo.tasks import TaskData, load_tasks
+from .accuracy import PredictionCache
+from .table import honest_table
+
+
+MISMATCHED = 5  # prompts of other families
+
+
+class Predictor:
+    """Classes that adapters give to a dataset: `(state dicts, dataset) -> (N, rows)`. The dataset is encoded once."""
+
+    def __init__(self, target: Mapping):
+        self.target = AdapterTarget(load_classifier(target["base_model"], num_labels=2), LoraConfig(**target["lora"]))
+        self.tokenizer = load_tokenizer(target["base_model"])
+        self._buckets: dict[str, list] = {}
+
+    def __call__(self, state_dicts: Sequence[Mapping[str, Tensor]], dataset: Dataset) -> Tensor:
+        key = dataset._fingerprint
+        if key not in self._buckets:
+            self._buckets[key] = self.target.buckets(self.tokenizer, dataset)
+        return self.target.predict(list(state_dicts), self._buckets[key])
+
+
+def evaluate_generator(
+    pipe,
+    spec: TaskSpec,
+    data_root: str | Path | None = None,
+    zoo: str | Path | None = None,
+    n: int = 10,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    data: TaskData | None = None,
+    on_row: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """
+    The honest table of one task, see [`honest_table`].
+
+    Args:
+        pipe ([`WeightGenPipeline`]): A generator of adapters.
+        spec: A known task, or one of your own.
+        data_root: Folder with datasets under their Hub ids.
+        zoo: Folder or Hub id of the zoo; without it the rows that need members are the ones stored beside the generator.
+        data: The task's splits if they are loaded already. Default: loaded together with all known tasks, so that
+            texts that stand in another task's test split are kept out.
+
+    Raises:
+        ValueError: If the generator makes no adapters.
+    """
+    if pipe.config.target["kind"] != "adapter":
+        raise ValueError(f"The honest table is for adapters; this generator makes {pipe.config.target['kind']!r}s.")
+    data = (
+        data or load_tasks([*(task for task in TASKS.values() if task.name != spec.name), spec], data_root)[spec.name]
+    )
+    known = {task["name"]: task for task in pipe.config.tasks}
+    members, held_out, seeds, reference = zoo_members(zoo) if zoo is not None else ({}, {}, {}, None)
+    others = [task for task in TASKS.values() if task.name in known and task.family != spec.family]
+    chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:MISMATCHED].tolist()
+
+    def generate(prompt: str, labels: Sequence[str], count: int, row_seed: int) -> list[dict[str, Tensor]]:
+        return pipe(
+            prompt, labels=list(labels), num_samples=count, generator=torch.Generator().manual_seed(row_seed)
+        ).weights
+
+    def reconstruct(state_dicts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        return reconstruct_members(pipe, state_dicts, spec.labels, reference)
+
+    return honest_table(
+        generate, Predictor(pipe.config.target), data, members.get(spec.name, ()), held_out.get(spec.name, ()),
+        reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, seed=seed,
+        known_tasks=[{**task, "prompts": TASKS[name].prompts} for name, task in known.items() if name in TASKS],
+        lookup_members=members, member_seeds=seeds.get(spec.name), mismatched_prompts=[others[i].prompts[0] for i in chosen],
+        reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache) if cache else None, on_row=on_row,
+    )  # fmt: skip
+
+
+def zoo_members(zoo: str | Path) -> tuple[dict, dict, dict, dict[str, Tensor]]:
+    """Per task the training members, the held-out ones and the seeds of the former; and the base adapter's LoRA tensors."""
+    dataset = load_zoo(zoo)
+    members, held_out, seeds, base = defaultdict(list), defaultdict(list), defaultdict(list), None
+    columns = zip(dataset["split"], dataset["task"], dataset["seed"], zoo_state_dicts(dataset), strict=True)
+    for split, task, run, state_dict in columns:
+        if split == "base":
+            base = {name: tensor for name, tensor in state_dict.items() if "lora_" in name}
+        elif split == "held_out":
+            held_out[task].append(state_dict)
+        else:
+            members[task].append(state_dict)
+            seeds[task].append(run)
+    if base is None:
+        raise ValueError(
+            f"The zoo {str(zoo)!r} has no row of split 'base'; it was not made by `hf-weightgen zoo build`."
+        )
+    return members, held_out, seeds, base
+
+
+@torch.no_grad()
+def reconstruct_members(
+    pipe, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str], reference: Mapping[str, Tensor]
+) -> list:
+    """State dicts through the gauge, the tokenizer, the autoencoder and back."""
+    aligned = [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in state_dicts]
+    tokens = pipe.weight_tokenizer(aligned)["weight_tokens"].to(pipe.vae.dtype)
+    embeds = pipe.encoder.embed(list(labels)).to(pipe.vae.dtype).expand(len(tokens), -1, -1)
+    mean, _ = pipe.vae.encode(tokens, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+    return pipe.weight_tokenizer.decode(
+        pipe.vae.decode(mean, embeds).float(), num_classes=torch.full((len(tokens),), len(labels))
+    )
+
+
+def stored_rows(pipe) -> list[dict]:
+    """Rows of the honest table that were published with the generator, `evaluation.json` in its folder."""
+    folder = Path(pipe.config.get("_name_or_path") or ".")
+    file = folder / "evaluation.json"
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
