@@ -19,11 +19,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
+    parser.add_argument("--bf16", action="store_true", help="Train under bfloat16 autocast.")
     parser.add_argument("--merge", type=Path, help="Also write the finished zoo compactly, weights in float16.")
     args = parser.parse_args()
     base_only = [TASKS["clinc150"]]  # 151 class names widen what the shared start knows; no members are trained on it
     specs = [task for task in TASKS.values() if task not in base_only]
-    zoo = build_zoo(specs, args.folder, ZooConfig(), args.data_root, base_only)
+    zoo = build_zoo(specs, args.folder, ZooConfig(bf16=args.bf16), args.data_root, base_only)
     print(f"{len(zoo.finished())} rows in {args.folder}")
     if args.merge:
         print(*merge(args.folder, args.merge), sep="\n")

@@ -26,3 +26,21 @@ import torch  # noqa: E402
 def seed():
     """For what has no generator of its own: layers are initialised from torch's global one."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    """The frozen text encoder, all-MiniLM-L6-v2 from its package."""
+    from hf_weightgen.targets.base_models import load_encoder
+
+    return load_encoder()
+
+
+@pytest.fixture
+def pipe(encoder):
+    """A generator of adapters, whole but never trained; each test has its own."""
+    import tiny
+
+    pipe = tiny.pipeline(encoder)
+    pipe._encoder = encoder
+    return pipe

@@ -40,17 +40,19 @@ def generate(
 
     from .pipelines.pipeline_utils import WeightGenPipeline
 
+    texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
+    if texts and pipe.config.target["kind"] != "adapter":
+        raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     output = pipe(
         prompt,
-        labels=[name.strip() for name in labels.split(",")] if labels else None,
+        labels=[name.strip() for name in labels.split(",")] if labels is not None else None,
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(seed),
     )
-    texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     folders = output.save_pretrained(out) if out is not None else []
     results = []
     for i in range(num_samples):
@@ -72,8 +74,6 @@ def _classify(output, index: int, texts: list) -> list[dict]:
 
     from .targets.base_models import load_tokenizer
 
-    if output.target["kind"] != "adapter":
-        raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
     model, tokenizer = output.to_model(index), load_tokenizer(output.target["base_model"])
     tried = []
     for text in texts:
@@ -121,7 +121,7 @@ def zoo_build(
     folder: Annotated[Path, typer.Argument(help="Where the shards are written; calling it again continues.")],
     tasks: Annotated[Optional[str], typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")] = None,
     seeds: Annotated[int, typer.Option(help="Members per task; the last seed is held out.")] = 6,
-    passes: Annotated[int, typer.Option(help="Sentences that one member reads in training.")] = 5000,
+    passes: Annotated[int, typer.Option(help="Sentences that one member reads in training.")] = 4000,
     data_root: DataRoot = None,
 ):
     """Train a zoo of LoRA adapters for all-MiniLM-L6-v2."""

@@ -90,7 +90,7 @@ def evaluate_generator(
         reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, seed=seed,
         known_tasks=[{**task, "prompts": TASKS[name].prompts} for name, task in known.items() if name in TASKS],
         lookup_members=members, member_seeds=seeds.get(spec.name), mismatched_prompts=[others[i].prompts[0] for i in chosen],
-        reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache) if cache else None, on_row=on_row,
+        reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache, context=pipe.config.target["base_model"]) if cache else None, on_row=on_row,
     )  # fmt: skip
 
 
@@ -129,7 +129,6 @@ def reconstruct_members(
 
 
 def stored_rows(pipe) -> list[dict]:
-    """Rows of the honest table that were published with the generator, `evaluation.json` in its folder."""
-    folder = Path(pipe.config.get("_name_or_path") or ".")
-    file = folder / "evaluation.json"
-    return json.loads(file.read_text())["rows"] if file.is_file() else []
+    """Rows of the honest table that stand beside a local or bundled generator, in `evaluation.json`."""
+    file = pipe.folder / "evaluation.json" if pipe.folder is not None else None
+    return json.loads(file.read_text())["rows"] if file is not None and file.is_file() else []

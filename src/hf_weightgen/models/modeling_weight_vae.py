@@ -114,8 +114,9 @@ class WeightVAE(PreTrainedModel):
         self.from_latent = nn.Sequential(nn.Linear(Z, H), _ResidualMLP(H), _ResidualMLP(H))
         self.name_in = nn.Linear(E, H)
         self.name_state = nn.Linear(H, 2 * H)  # scale and shift of the name features by the adapter's latent
-        self.name_out = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, S))
-        self.name_projection = nn.Linear(E, S)  # what a class name alone says of its row
+        # no bias: it would shift all classes alike, which the loss does not see, so that Adam would follow rounding errors
+        self.name_out = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H, bias=False), nn.Linear(H, S, bias=False))
+        self.name_projection = nn.Linear(E, S, bias=False)  # what a class name alone says of its row
         self.match_prompt, self.match_name = nn.Linear(E, config.match_size), nn.Linear(E, config.match_size)
         self.match_out = nn.Linear(2, 1)
         self.register_buffer("latent_mean", torch.zeros(Z))

@@ -97,6 +97,9 @@ class D2NWGPipeline(WeightGenPipeline):
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Give either `prompt` or `prompt_embeds`.")
+        size = self.vae.config.embedding_size
+        if prompt_embeds is not None and (prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != size or not len(prompt_embeds)):
+            raise ValueError(f"`prompt_embeds` must have the shape (prompts, {size}), got {tuple(prompt_embeds.shape)}.")
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
         if output_type not in ("weights", "latent"):
@@ -113,7 +116,7 @@ class D2NWGPipeline(WeightGenPipeline):
         # 1. Conditions: prompt embeddings, and class names from the caller or from the nearest known task
         prompts = self.check_prompts(prompt) if prompt is not None else ["(embedding)"] * len(prompt_embeds)
         names = self.check_labels(labels, len(prompts))
-        embeds = self.encoder.embed(prompts) if prompt_embeds is None else prompt_embeds.float()
+        embeds = self.encoder.embed(prompts) if prompt_embeds is None else prompt_embeds.float().cpu()
         nearest = self.nearest_tasks(embeds)
         far = [self.warn_if_far(text, near) for text, near in zip(prompts, nearest, strict=True)]
         names = names or [list(near[0][0]["labels"]) for near in nearest]
@@ -165,8 +168,8 @@ class D2NWGPipeline(WeightGenPipeline):
     def _decode(self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], far: bool, generators: list) -> list[dict]:
         vae = self.vae
         class_embeds = self.encoder.embed(names).to(vae.device)[None]  # (1, C, E)
-        mask = torch.ones(1, len(names), dtype=torch.bool)
-        fit = vae.match(embed[None].to(vae.dtype), class_embeds.to(vae.dtype), mask).sigmoid().item()
+        mask = torch.ones(1, len(names), dtype=torch.bool, device=vae.device)
+        fit = vae.match(embed[None].to(vae.device, vae.dtype), class_embeds.to(vae.dtype), mask).sigmoid().item()
         matches = far or fit >= vae.config.match_threshold  # the check is only as good as its knowledge of the prompt
         if not matches:
             warnings.warn(
@@ -185,11 +188,13 @@ class D2NWGPipeline(WeightGenPipeline):
 
     def _check_scheduler(self) -> None:
         """A scheduler that reads the prediction as something else would produce noise without an error."""
-        config = self.scheduler.config
-        kind = config.get("prediction_type") or ("flow_prediction" if "FlowMatch" in type(self.scheduler).__name__ else None)
-        if kind != self.config.prediction_type:
+        config, wanted = self.scheduler.config, self.config.prediction_type
+        flow = "FlowMatch" in type(self.scheduler).__name__ or bool(config.get("use_flow_sigmas"))
+        kind = "flow_prediction" if flow else config.get("prediction_type")
+        if kind != wanted or flow != (wanted == "flow_prediction"):
+            need = ", prediction_type='flow_prediction', use_flow_sigmas=True" if wanted == "flow_prediction" else ""
             raise ValueError(
-                f"{type(self.scheduler).__name__} works with `prediction_type` {kind!r}, this generator predicts "
-                f"{self.config.prediction_type!r}. Load it as `SchedulerClass.from_config(pipe.scheduler.config)` from a class "
-                "that knows this prediction type."
+                f"{type(self.scheduler).__name__} works with `prediction_type` {kind!r}{' without flow sigmas' if need and not flow else ''}, "
+                f"this generator predicts {wanted!r}. Load it as `SchedulerClass.from_config(pipe.scheduler.config{need})` from a "
+                "class that knows this prediction type."
             )

@@ -5,19 +5,20 @@ Notation: N samples, C classes, E size of an embedding.
 
 import json
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +31,9 @@ from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_enc
 PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
 BUNDLED = Path(__file__).parents[1] / "bundled"
 COMPONENTS = "hf_weightgen.components"
+INDEX = "model_index.json"
 MAX_PROMPT_CHARACTERS = 4_000
+HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
 
 
@@ -81,12 +84,15 @@ class WeightGenOutput(BaseOutput):
             return model.eval()
         base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
         model = get_peft_model(base, LoraConfig(**self.target["lora"]))
-        unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
-        if unexpected:
+        places = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        came = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = [name for name in places | came if places.get(name) != came.get(name)]
+        if wrong:
             raise ValueError(
-                f"The base model {self.target['base_model']!r} has no place for {unexpected[0]!r} of the adapter; "
-                "load the base model that the adapter was made for."
+                f"The base model {self.target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
+                f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
             )
+        set_peft_model_state_dict(model, weights)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> list[Path]:
@@ -98,6 +104,8 @@ class WeightGenOutput(BaseOutput):
             `list[Path]`: The folders.
         """
         root = Path(save_directory)
+        if not self.weights:
+            raise ValueError("There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`.")
         if root.is_file():
             raise ValueError(f"`save_directory` {str(root)!r} is a file; give a folder.")
         folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
@@ -138,25 +146,36 @@ class WeightGenPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        path = os.fspath(pretrained_model_name_or_path)
-        if path == "bundled":
+        source = path = os.fspath(pretrained_model_name_or_path)
+        if source == "bundled":
             path = str(BUNDLED)
-            if not (BUNDLED / "model_index.json").is_file():
+            if not (BUNDLED / INDEX).is_file():
                 raise FileNotFoundError(f"This installation has no bundled generator in {str(BUNDLED)!r}; reinstall the package.")
         if os.path.isdir(path):
-            _refuse_unsafe_folder(Path(path))
+            _check_folder(Path(path))
         if cls is WeightGenPipeline:
-            hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token", "revision") if k in kwargs}
-            name = cls.load_config(path, **hub).get("_class_name")
-            name = name[1] if isinstance(name, (list, tuple)) else name
-            if name not in PIPELINES:
+            index = Path(path, INDEX) if os.path.isdir(path) else _download_index(path, kwargs)
+            name = _read_index(index).get("_class_name")
+            if not isinstance(name, str) or name not in PIPELINES:
                 raise ValueError(
                     f"{path!r} holds a {name!r}, expected one of {sorted(PIPELINES)}; it is no generator of this library, "
                     "or was made by a newer version of it."
                 )
-            return getattr(import_module(f".{PIPELINES[name]}", __package__), name).from_pretrained(path, **kwargs)
-        pipe = super().from_pretrained(path, **kwargs)
-        pipe._source = "bundled" if path == str(BUNDLED) else path
+            return getattr(import_module(f".{PIPELINES[name]}", __package__), name).from_pretrained(source, **kwargs)
+        folder = Path(path if os.path.isdir(path) else cls.download(path, **kwargs))
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.float32  # what is stored in float16 would otherwise be computed in float16 too
+        try:
+            pipe = super().from_pretrained(str(folder), **kwargs)
+        except (RuntimeError, ValueError) as error:  # for example, tensors of other shapes
+            raise ValueError(f"{str(folder)!r} does not load: {error} Download or save the generator anew.") from error
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module) and name not in kwargs:
+                _check_names(folder / name, component)
+        for part in (pipe, *pipe.components.values()):
+            if isinstance(part, ConfigMixin):
+                part.register_to_config(_name_or_path=None)  # a path of this machine, which `save_pretrained` would hand on
+        pipe._source, pipe._folder = source, folder
         return pipe
 
     @classmethod
@@ -164,8 +183,10 @@ class WeightGenPipeline(DiffusionPipeline):
         """The stock `download` refuses components that do not live in diffusers; ours takes the whole repository, no pickles."""
         if kwargs.get("variant") is not None:
             raise ValueError(f"`variant` {kwargs['variant']!r} is not supported for generators on the Hub; choose a `revision`.")
-        kept = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token", "revision") if k in kwargs}
-        return snapshot_download(pretrained_model_name, ignore_patterns=list(PICKLES), **kept)
+        kept = {k: kwargs[k] for k in HUB_SETTINGS if k in kwargs}
+        folder = snapshot_download(pretrained_model_name, ignore_patterns=list(PICKLES), **kept)
+        _check_folder(Path(folder))
+        return folder
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Names our components by one stable module, so that the tree may change without breaking saved generators."""
@@ -189,6 +210,11 @@ class WeightGenPipeline(DiffusionPipeline):
     @property
     def source(self) -> str:
         return getattr(self, "_source", "a generator in memory")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that this generator was loaded from: a given one, or the download of a repository."""
+        return getattr(self, "_folder", None)
 
     def check_prompts(self, prompt: str | Sequence[str]) -> list[str]:
         """
@@ -217,7 +243,8 @@ class WeightGenPipeline(DiffusionPipeline):
             return None
         if isinstance(labels, str) or not isinstance(labels, Sequence):
             raise TypeError(f"`labels` must be a list of class names, got {type(labels).__name__}: {str(labels)[:60]!r}.")
-        each = [list(names) for names in labels] if labels and not isinstance(labels[0], str) else [list(labels)] * num_prompts
+        nested = labels and all(isinstance(names, Sequence) and not isinstance(names, str) for names in labels)
+        each = [list(names) for names in labels] if nested else [list(labels)] * num_prompts
         if len(each) != num_prompts:
             raise ValueError(f"`labels` has {len(each)} lists for {num_prompts} prompts; give one list, or one per prompt.")
         for names in each:
@@ -250,29 +277,56 @@ class WeightGenPipeline(DiffusionPipeline):
         return far
 
 
-def _refuse_unsafe_folder(folder: Path) -> None:
-    """Generators are safetensors and JSON; a pickle could run code when it is loaded."""
+def _check_folder(folder: Path) -> None:
+    """Generators are whole safetensors and JSON files; a pickle could run code when it is loaded."""
     for pattern in PICKLES:
         for found in folder.rglob(pattern):
             raise ValueError(
                 f"{str(found)!r} is a pickle or another format that can run code when loaded; generators hold safetensors "
                 "only. Remove the file, or convert it to safetensors with a tool that you trust."
             )
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"No model_index.json in {str(folder)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'.")
-    for name, entry in json.loads(index.read_text()).items():
+    index = folder / INDEX
+    for name, entry in _read_index(index).items():
         if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, COMPONENTS, "diffusers", "transformers") and name[0] != "_":
             if isinstance(entry[0], str) and isinstance(entry[1], str):
                 raise ValueError(f"{str(index)!r} wants {name!r} from the module {entry[0]!r}; only {COMPONENTS}, diffusers and transformers are loaded from.")
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header and compares the length of the file with it
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is truncated or no safetensors file ({error}); download or save the generator anew.") from error
 
 
-def copy_into_place(source: Path, destination: Path) -> None:
-    """Moves a finished folder to its name, replacing an older one."""
-    if destination.exists():
-        shutil.rmtree(destination)
-    shutil.move(source, destination)
+def _read_index(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"No {INDEX} in {str(file.parent)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'.")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is no JSON object ({error}); download or save the generator anew.") from error
 
 
-def as_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in weights.items()}
+def _download_index(repo_id: str, settings: dict) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, INDEX, **{k: settings[k] for k in HUB_SETTINGS if k in settings}))
+    except (HTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"Generator {repo_id!r} was not found: it is no folder, and the Hub and its cache did not give its {INDEX} "
+            f"({str(error).strip().splitlines()[0]}). Check the id and the connection, or give a folder."
+        ) from error
+
+
+def _check_names(folder: Path, model: torch.nn.Module) -> None:
+    """What a file of another network lacks would otherwise stay random, with no more than a warning in a log."""
+    stored = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored.update(tensors.keys())
+    wanted = set(model.state_dict())
+    if stored and stored != wanted:
+        what = f"lack {sorted(wanted - stored)[0]!r}" if wanted - stored else f"hold {sorted(stored - wanted)[0]!r}, which has no place"
+        raise ValueError(
+            f"The weights in {str(folder)!r} {what} in {type(model).__name__} ({len(wanted ^ stored)} names differ): they are of "
+            "another network than its config.json. Download or save the generator anew."
+        )

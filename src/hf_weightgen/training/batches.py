@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..weights.tokenization import WeightTokenizer
+
+
+PROMPT_NOISE = 0.3  # length of the noise on a prompt embedding of length 1
 
 
 @dataclass
@@ -38,6 +42,10 @@ class StepRandom:
     def integers(self, high: int, purpose: int = 3) -> Tensor:
         """Integers in [0, high) of shape `(local batch,)`."""
         return torch.randint(high, (self.total,), generator=self._generator(purpose))[self.rows]
+
+    def shared_integers(self, high: int, count: int, purpose: int = 8) -> Tensor:
+        """Integers in [0, high) of shape `(count,)`, the same in every process: for what all rows of a batch share."""
+        return torch.randint(high, (count,), generator=self._generator(purpose))
 
 
 @dataclass
@@ -116,12 +124,19 @@ class ZooTensors:
         draw = random.uniform(self.class_mask.shape[1], purpose=purpose)
         return (draw + (~self.class_mask[tasks])).argsort(1)[:, :most]
 
-    def prompts(self, tasks: Tensor, random: StepRandom, purpose: int = 14) -> Tensor:
-        """A prompt embedding `(b, E)` of each task."""
-        draw = random.uniform(purpose=purpose)
-        return torch.stack(
-            [self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)]
+    def prompts(self, tasks: Tensor, random: StepRandom, purpose: int = 40) -> Tensor:
+        """
+        A prompt embedding `(b, E)` of each task: a random point between two of its prompts, with a little noise, so that
+        the space around and between the known phrasings belongs to the task as well.
+        """
+        pair, mix = random.uniform(2, purpose=purpose), random.uniform(1, purpose=purpose + 1)
+        first, second = (
+            torch.stack([self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))] for t, u in zip(tasks.tolist(), column, strict=True)])
+            for column in pair.mT.tolist()
         )
+        mixed = F.normalize(first + mix * (second - first), dim=-1)
+        noise = random.normal(mixed.shape[-1], purpose=purpose + 2) * (PROMPT_NOISE / mixed.shape[-1] ** 0.5)
+        return F.normalize(mixed + noise, dim=-1)
 
     def other_tasks(self, tasks: Tensor, random: StepRandom, purpose: int = 15) -> Tensor:
         """For each task one of another family `(b,)`; itself if there is none."""

@@ -53,8 +53,13 @@ def check_gate(original: Mapping[str, float], reconstructed: Mapping[str, float]
         `dict` with `mean_loss`, `worst_loss` in points and `worst_task`.
 
     Raises:
-        GateError: If reconstruction costs more than 0.5 points on average or 2 on one task.
+        GateError: If reconstruction costs more than 0.5 points on average or 2 on one task, or no task counts.
     """
+    if not original:
+        raise GateError(
+            "There is no task whose held-out members are clearly better than the majority class, so reconstruction cannot be "
+            "judged: train the zoo longer or add tasks. `--skip-gate` goes on anyway and says so in the card."
+        )
     loss = {task: 100 * (original[task] - reconstructed[task]) for task in original}
     worst = max(loss, key=loss.get)
     result = {"mean_loss": sum(loss.values()) / len(loss), "worst_loss": loss[worst], "worst_task": worst, "losses": loss}

@@ -66,7 +66,6 @@ class Source:
                 vae.name_projection.weight.zero_()
                 vae.name_projection.weight[:size] = weight.mT / stats[0][1]
                 vae.name_projection.weight[size] = bias / stats[1][1]
-                vae.name_projection.bias.zero_()
 
     def _scale(self, name: str) -> tuple[float, float]:
         entry = next(e for e in self.tokenizer.to_dict()["layouts"][0] if e["name"] == name)
@@ -145,7 +144,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
 
     def function_loss(tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """KL divergence of decoded from original networks on random training images."""
-        probe = images[random.integers(len(images), purpose=21)][None, :64]
+        probe = images[random.shared_integers(len(images), 64, purpose=21)][None]  # (1, n, F), alike in all processes
         loss = tokens.new_zeros(())
         for classes in counts.unique().tolist():
             rows = torch.nonzero(counts[train.task_of[index]] == classes).flatten()
@@ -177,6 +176,8 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
     base = next(zoo_state_dicts(dataset, [split.index("base")]))
     reference = {n: t for n, t in base.items() if "lora_" in n}
     where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
+    last = max(dataset["checkpoint"])
+    where["held_out"] = [i for i in where["held_out"] if dataset[i]["checkpoint"] == last]  # one member per task for the gate
     weights = {
         part: [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in zoo_state_dicts(dataset, rows)] for part, rows in where.items()
     }
@@ -208,7 +209,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         {"kind": "adapter", "base_model": MINILM, "lora": {
             "task_type": "SEQ_CLS", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
             "layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}},
-        known, far_below, score, vae_steps=6000, max_train_steps=8000, samples=8,
+        known, far_below, score, vae_steps=6000, max_train_steps=8000, samples=5,
         name_projection=tuple(LOGIT_SCALE * base[f"{NAME_PROJECTION}.{part}"] for part in ("weight", "bias")),
     )
     metrics = dataset["metrics"]
@@ -216,5 +217,6 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         test = torch.tensor(list(evaluation_subset(data[spec.name].test, TEST_LIMIT)["label"]))
         source.majority[spec.name] = test.bincount().max().item() / len(test), len(test)
         scores = [metrics[i]["test"] for i in where["train"] if task_names[i] == spec.name]
+        scores = [score for score in scores if score is not None]  # of the last checkpoints
         source.zoo_scores[spec.name] = sum(scores) / len(scores)
     return source

@@ -1,0 +1,212 @@
+"""Folders and repositories of generators: what comes back, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
+from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
+from hf_weightgen.targets.functional import BIAS
+from tiny import random
+
+
+PROMPT = "sentiment on SST-2"
+
+
+def sample(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPT, num_samples=2, generator=random(0))
+
+
+@pytest.fixture
+def saved(pipe, tmp_path):
+    pipe.vae.class_noise.fill_(0.5)
+    pipe.save_pretrained(tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+@pytest.fixture
+def edit(saved):
+    """Changes the JSON of a file of the saved generator."""
+
+    def change(name: str, **entries):
+        file = saved / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return change
+
+
+@pytest.fixture
+def on_the_hub(saved):
+    """The saved generator as a download from the Hub would lie in the cache."""
+    repo = Path(constants.HF_HUB_CACHE) / "models--acme--generator"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("1" * 40)
+    yield Path(shutil.copytree(saved, repo / "snapshots" / ("1" * 40)))
+    shutil.rmtree(repo)
+
+
+@pytest.mark.parametrize("loader", [WeightGenPipeline, D2NWGPipeline])
+def test_a_folder_gives_the_generator_back(loader, pipe, saved):
+    again = loader.from_pretrained(saved)
+    assert type(again) is D2NWGPipeline and again.source == str(saved) and again.folder == saved
+    for one, other in zip(sample(pipe).weights, sample(again).weights, strict=True):
+        assert list(one) == list(other)
+        for name in one:  # memory of another alignment rounds differently
+            torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+    for name in (
+        "target",
+        "tasks",
+        "encoder",
+        "prediction_type",
+        "far_below",
+        "num_inference_steps",
+        "guidance_scale",
+    ):
+        assert again.config[name] == pipe.config[name], name
+
+
+def test_the_output_names_its_generator(saved, tmp_path):
+    output = sample(WeightGenPipeline.from_pretrained(saved))
+    assert output.generator_id == str(saved)
+    assert f"generator: {saved}" in (output.save_pretrained(tmp_path / "out")[0] / "README.md").read_text()
+
+
+def test_it_loads_from_the_hub(pipe, on_the_hub):
+    again = WeightGenPipeline.from_pretrained("acme/generator")
+    assert again.source == sample(again).generator_id == "acme/generator"
+    assert again.folder.resolve() == on_the_hub.resolve()
+    found, expected = (sample(generator).weights[1][BIAS] for generator in (again, pipe))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_half_precision_on_disk_is_single_precision_in_use(pipe, tmp_path):
+    before = sample(pipe).latents
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "vae" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again = WeightGenPipeline.from_pretrained(tmp_path)
+    assert again.vae.dtype == again.unet.dtype == torch.float32
+    torch.testing.assert_close(sample(again).latents, before, atol=0.01, rtol=0)
+    asked = WeightGenPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert asked.vae.dtype == asked.unet.dtype == torch.bfloat16
+
+
+def test_parts_may_be_given(pipe, saved):
+    mine = pipe.unet
+    again = WeightGenPipeline.from_pretrained(saved, unet=mine, far_below=0.9)
+    assert again.unet is mine and again.config.far_below == 0.9
+
+
+@pytest.mark.parametrize("name", ["vae/pytorch_model.bin", "extra.pkl", "unet/model.pt", "notes/x.ckpt", "a.joblib"])
+def test_pickles_are_refused(name, saved):
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_bytes(b"\x80\x04.")
+    for loader in (WeightGenPipeline, D2NWGPipeline):
+        with pytest.raises(ValueError, match=rf"{Path(name).name}' is a pickle .* Remove the file, or convert it"):
+            loader.from_pretrained(saved)
+
+
+def test_pickles_in_a_download_are_refused(on_the_hub):
+    (on_the_hub / "vae" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="pytorch_model.bin' is a pickle"):
+        WeightGenPipeline.from_pretrained("acme/generator")
+
+
+def test_other_pipelines_are_refused(saved, edit):
+    edit("model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(ValueError, match=r"'StableDiffusionPipeline', expected one of \['D2NWGPipeline'\]"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+def test_other_pipelines_on_the_hub_are_refused(on_the_hub):
+    (on_the_hub / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="'acme/generator' holds a 'StableDiffusionPipeline'"):
+        WeightGenPipeline.from_pretrained("acme/generator")
+
+
+@pytest.mark.parametrize("entry", [["subprocess", "Popen"], ["my_own_module", "Net"], ["hf_weightgen.cli", "app"]])
+def test_other_modules_are_not_imported(entry, saved, edit):
+    edit("model_index.json", vae=entry)
+    for loader in (WeightGenPipeline, D2NWGPipeline):
+        with pytest.raises(
+            ValueError, match=f"wants 'vae' from the module '{entry[0]}'; only hf_weightgen.components"
+        ):
+            loader.from_pretrained(saved)
+
+
+def test_other_modules_are_not_imported_from_the_hub(on_the_hub):
+    file = on_the_hub / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vae": ["subprocess", "Popen"]}))
+    with pytest.raises(ValueError, match="wants 'vae' from the module 'subprocess'"):
+        WeightGenPipeline.from_pretrained("acme/generator")
+
+
+def test_a_folder_without_a_generator_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No model_index.json in .*: this is no generator. Give its folder"):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "acme/unknown"])
+def test_a_generator_that_is_nowhere_is_named(name):
+    with pytest.raises((OSError, ValueError), match=name.split("/")[-1]):
+        WeightGenPipeline.from_pretrained(name)
+
+
+WEIGHTS = ["vae/model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("keep", [0, 6, 1000, -10])
+def test_truncated_weights_are_named(name, keep, saved):
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=f"{name}' is truncated or no safetensors file .*; download or save"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_another_network_are_named(name, saved):
+    """Left alone, the libraries below would fill the gaps with random numbers."""
+    tensors = load_file(saved / name)
+    first = next(iter(sorted(tensors)))
+    folder = name.split("/")[0]
+    save_file({k: v for k, v in tensors.items() if k != first}, saved / name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder}' lack '{first}' .*another network than its config.json"):
+        WeightGenPipeline.from_pretrained(saved)
+    save_file(tensors | {"stray": torch.zeros(2)}, saved / name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder}' hold 'stray'"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_other_shapes_are_refused(name, saved):
+    tensors = load_file(saved / name)
+    first = max(tensors, key=lambda key: tensors[key].numel())
+    save_file(tensors | {first: torch.zeros(3, 3)}, saved / name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"'{saved}' does not load: .*Download or save the generator anew"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+def test_broken_json_is_named(saved):
+    (saved / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+def test_an_encoder_of_another_checksum_is_refused(pipe, saved, edit):
+    encoder = dict(pipe.config.encoder) | {"sha256": "0" * 64}
+    edit("model_index.json", encoder=encoder)
+    again = WeightGenPipeline.from_pretrained(saved)
+    with pytest.raises(ValueError, match=f"SHA-256 .*, expected {'0' * 64}"):
+        sample(again)
+
+
+def test_variants_are_for_folders(on_the_hub):
+    with pytest.raises(ValueError, match="`variant` 'fp16' is not supported for generators on the Hub"):
+        WeightGenPipeline.from_pretrained("acme/generator", variant="fp16")

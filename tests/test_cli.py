@@ -1,0 +1,200 @@
+"""The command line: what it prints and writes, and that an error is one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_weightgen.cli import main
+from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
+from hf_weightgen.targets.base_models import MINILM, load_tokenizer
+from tiny import random
+
+
+PROMPT = "sentiment on SST-2"
+TEXTS = ("a gripping, funny film", "dull")
+
+
+@pytest.fixture
+def generator(pipe, tmp_path):
+    pipe.vae.class_noise.fill_(1.0)
+    pipe.save_pretrained(tmp_path / "generator")
+    return str(tmp_path / "generator")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command as the installed script does: exit code, stdout, stderr."""
+
+    def command(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-weightgen", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return command
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["zoo"], ["zoo", "build"]], ids=" ".join)
+def test_help(command, run):
+    code, out, _ = run(*command, "--help")
+    assert code == 0 and "Usage" in out and "--help" in out
+
+
+def test_a_sentence_gives_labels_for_texts(generator, run):
+    code, out, _ = run("generate", PROMPT, "--generator", generator, "--try", TEXTS[0], "--try", TEXTS[1])
+    assert code == 0
+    first, *lines = out.splitlines()
+    assert first == "nearest known task: sst2; classes: negative, positive"
+    for line, text in zip(lines, TEXTS, strict=True):
+        label, probability, *rest = line.split()
+        assert label in ("negative", "positive") and 0.5 <= float(probability) <= 1 and " ".join(rest) == text
+
+
+def test_json_is_all_that_is_printed_and_the_seed_decides(generator, run):
+    arguments = [
+        "generate",
+        PROMPT,
+        "--generator",
+        generator,
+        "--try",
+        TEXTS[0],
+        "--num-samples",
+        3,
+        "--format",
+        "json",
+    ]
+    code, out, _ = run(*arguments, "--seed", 5)
+    found = json.loads(out)
+    assert code == 0 and (found["prompt"], found["nearest_task"], found["seed"]) == (PROMPT, "sst2", 5)
+    assert len(found["samples"]) == 3
+    for sample in found["samples"]:
+        assert sample["labels"] == ["negative", "positive"] and "folder" not in sample
+        (tried,) = sample["tried"]
+        assert tried["text"] == TEXTS[0] and tried["label"] in sample["labels"] and 0.5 <= tried["probability"] <= 1
+    assert json.loads(run(*arguments, "--seed", 5)[1]) == found
+    assert json.loads(run(*arguments, "--seed", 6)[1])["samples"] != found["samples"]
+
+
+def test_what_it_prints_is_what_the_model_says(generator, pipe, run):
+    _, out, _ = run("generate", PROMPT, "--generator", generator, "--try", TEXTS[0], "--format", "json", "--seed", 3)
+    (tried,) = json.loads(out)["samples"][0]["tried"]
+    model = pipe(PROMPT, generator=random(3)).to_model(0)
+    with torch.no_grad():
+        probabilities = model(**load_tokenizer(MINILM)(TEXTS[0], return_tensors="pt")).logits[0].softmax(-1)
+    assert tried["label"] == model.config.id2label[int(probabilities.argmax())]
+    assert tried["probability"] == pytest.approx(probabilities.max().item(), abs=1e-3)
+
+
+def test_pairs_and_labels(generator, run):
+    arguments = ["generate", PROMPT, "--generator", generator, "--labels", "no, yes ,unsure", "--format", "json"]
+    code, out, _ = run(*arguments, "--try-pair", "a film", "a movie")
+    (sample,) = json.loads(out)["samples"]
+    assert code == 0 and sample["labels"] == ["no", "yes", "unsure"]
+    assert sample["tried"][0]["text"] == ["a film", "a movie"] and sample["tried"][0]["label"] in sample["labels"]
+
+
+def test_one_sample_is_written_to_the_folder_itself(generator, pipe, run, tmp_path):
+    out_folder = tmp_path / "adapter"
+    code, out, _ = run("generate", PROMPT, "--generator", generator, "--out", out_folder, "--seed", 4)
+    assert code == 0 and f"saved {out_folder}" in out
+    saved = load_file(out_folder / "adapter_model.safetensors")
+    expected = pipe(PROMPT, generator=random(4)).weights[0]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=0)
+    assert f"generator: {generator}" in (out_folder / "README.md").read_text()
+
+
+def test_several_samples_are_written_to_numbered_folders(generator, run, tmp_path):
+    arguments = ["generate", PROMPT, "--generator", generator, "--out", tmp_path / "many", "--num-samples", 2]
+    code, out, _ = run(*arguments, "--format", "json")
+    folders = [sample["folder"] for sample in json.loads(out)["samples"]]
+    assert code == 0 and folders == [str(tmp_path / "many" / name) for name in ("0000", "0001")]
+    for folder in folders:
+        assert (tmp_path / folder / "adapter_config.json").is_file()
+
+
+def test_a_far_prompt_is_told(generator, run):
+    with pytest.warns(MismatchWarning, match="far from every task"):
+        code, out, _ = run("generate", "the melting point of a protein", "--generator", generator, "--labels", "a,b")
+    assert code == 0 and "classes: a, b" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "`prompt` '' says nothing; describe the task"),
+        (["film " * 10_000], "50,000 characters"),
+        ([PROMPT, "--num-samples", "0"], "`num_samples` must be a whole number of at least 1, got 0"),
+        ([PROMPT, "--num-inference-steps", "0"], "`num_inference_steps`"),
+        ([PROMPT, "--labels", "good"], "at least 2 classes, got ['good']"),
+        ([PROMPT, "--labels", ""], "non-empty names"),
+        ([PROMPT, "--labels", "good,,bad"], "non-empty names"),
+        ([PROMPT, "--labels", "good,Good"], "'good' twice"),
+        ([PROMPT, "--format", "xml"], "--format must be 'text' or 'json', got 'xml'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, generator, run, tmp_path):
+    code, out, err = run("generate", *arguments, "--generator", generator, "--out", tmp_path / "out")
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and out == "" and line.startswith("Error: ") and message in line and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_first(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run("generate", PROMPT, "--generator", "no/such", "--out", tmp_path / "file")
+    assert code == 1 and "is a file; give a folder" in err and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_broken_generator_is_named(generator, run, tmp_path):
+    (tmp_path / "generator" / "vae" / "model.safetensors").write_bytes(b"broken")
+    code, _, err = run("generate", PROMPT, "--generator", generator)
+    assert code == 1 and "model.safetensors' is truncated or no safetensors file" in err and "Traceback" not in err
+
+
+def test_texts_need_a_generator_of_text_classifiers(generator, run, tmp_path):
+    file = tmp_path / "generator" / "model_index.json"
+    network = {"kind": "network", "config": {"input_size": 64}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target": network}))
+    code, _, err = run("generate", PROMPT, "--generator", generator, "--try", "a film", "--out", tmp_path / "out")
+    assert code == 1 and "--try needs a generator of text classifiers" in err and not (tmp_path / "out").exists()
+    code, _, err = run("evaluate", "sst2", "--generator", generator)
+    assert code == 1 and "this generator makes 'network's" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "sst22"], "Unknown task 'sst22'. Nearest known: sst2"),
+        (["evaluate", "mine.json"], "No task file at 'mine.json'"),
+        (["zoo", "build", "zoo", "--tasks", "sst2,nothing"], "Unknown task 'nothing'"),
+        (["zoo", "build", "zoo", "--tasks", "cola", "--passes", "5"], "'cola': 5 passes are 0 steps"),
+        (["zoo", "build", "zoo", "--tasks", "cola", "--data-root", "nowhere"], "no dataset folder 'nowhere/"),
+    ],
+)
+def test_errors_of_other_commands_are_one_line(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 1 and out == "" and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate"], ["sing"], ["generate", PROMPT, "--loud"], ["generate", PROMPT, "--seed", "x"]]
+)
+def test_wrong_usage_is_told(arguments, run):
+    code, _, err = run(*arguments)
+    assert code == 2 and "Usage" in err and "Traceback" not in err
+
+
+def test_the_module_runs_and_an_unknown_generator_is_one_line():
+    command = [sys.executable, "-m", "hf_weightgen.cli", "generate", PROMPT, "--generator", "acme/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("Error: Generator 'acme/nothing' was not found")
+    assert "Traceback" not in done.stderr
