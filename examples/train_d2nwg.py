@@ -142,7 +142,8 @@ def main():
     pipe.save_pretrained(folder)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
     notes = ["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else []
-    write_card(folder, "generator", base_model=source.target.get("base_model"), prompt=source.known_tasks[0]["name"], generator=str(folder.name),
+    write_card(folder, "generator", base_model=source.target.get("base_model"), prompt="sentiment on SST-2" if args.zoo else "which digit is it",
+               generator="bundled" if args.zoo else str(folder),
                command="accelerate launch examples/train_d2nwg.py" + (f" --zoo {args.zoo}" if args.zoo else ""), notes=notes,
                facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed})
     print(json.dumps(report["tasks"], indent=1))

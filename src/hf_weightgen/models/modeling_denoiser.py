@@ -50,7 +50,7 @@ class WeightDenoiser(ModelMixin, ConfigMixin):
         sample_size: int = 8,
         projection_class_embeddings_input_dim: int = 384,
         hidden_size: int = 256,
-        num_layers: int = 3,
+        num_layers: int = 2,
     ):
         super().__init__()
         latent = in_channels * sample_size**2

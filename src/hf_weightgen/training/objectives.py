@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .batches import StepRandom, ZooTensors
 
 
-CLASSES_PER_STEP = 10  # of each checkpoint, at random; the loss is the same on average
+CLASSES_PER_STEP = 20  # of each checkpoint, at random; the loss is the same on average
 PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classifier-free guidance
 
 

@@ -209,7 +209,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         {"kind": "adapter", "base_model": MINILM, "lora": {
             "task_type": "SEQ_CLS", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
             "layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}},
-        known, far_below, score, vae_steps=6000, max_train_steps=8000, samples=5,
+        known, far_below, score, vae_steps=7000, max_train_steps=5000, samples=5,
         name_projection=tuple(LOGIT_SCALE * base[f"{NAME_PROJECTION}.{part}"] for part in ("weight", "bias")),
     )
     metrics = dataset["metrics"]
