@@ -1,8 +1,8 @@
 """Trains a D2NWG weight generator: VAE over weight tokens, gate, latent diffusion, calibration, pipeline folder.
 
-    accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
-    accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
+accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
+accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
 """
 
 import argparse
@@ -31,9 +31,17 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--zoo", help="Folder or Hub id of a zoo of LoRA adapters. Default: small networks on digits, built on the spot.")
+    add(
+        "--zoo",
+        help="Folder or Hub id of a zoo of LoRA adapters. Default: small networks on digits, built on the spot.",
+    )
     add("--data_root", help="Folder with datasets under their Hub ids, for the gate's test sets of a text zoo.")
-    add("--output_dir", type=Path, default=Path("runs/d2nwg"), help="Checkpoints, results and, in `pipeline/`, the generator.")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/d2nwg"),
+        help="Checkpoints, results and, in `pipeline/`, the generator.",
+    )
     add("--networks", type=int, default=256, help="Networks per digit task.")
     add("--vae_steps", type=int, help="Steps of the autoencoder.")
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
@@ -48,7 +56,12 @@ def parse_args():
     add("--resume_from_checkpoint", help="'latest', or a checkpoint's name.")
     add("--report_to", help="Tracker of accelerate, e.g. 'tensorboard'.")
     add("--expected_processes", type=int, help="Stop if accelerate runs another number of processes.")
-    add("--skip_gate", "--skip-gate", action="store_true", help="Go on although reconstruction costs accuracy; the card says so.")
+    add(
+        "--skip_gate",
+        "--skip-gate",
+        action="store_true",
+        help="Go on although reconstruction costs accuracy; the card says so.",
+    )
     return parser.parse_args()
 
 
@@ -66,7 +79,9 @@ def make_schedulers(prediction_type: str):
     """The scheduler that training draws noise with, and the few-step one that the pipeline is saved with."""
     if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
-    training = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    training = DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False
+    )
     return training, DPMSolverMultistepScheduler.from_config(training.config)
 
 
@@ -84,21 +99,45 @@ def main():
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     encoder = load_encoder(MINILM)
-    source = digits_source(encoder, args.networks, args.seed) if args.zoo is None else text_source(encoder, args.zoo, args.data_root)
+    source = (
+        digits_source(encoder, args.networks, args.seed)
+        if args.zoo is None
+        else text_source(encoder, args.zoo, args.data_root)
+    )
     zoo, held_out = source.train, source.held_out
-    accelerator.print(f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.tasks)} tasks ({time.perf_counter() - start:.0f} s)")
+    accelerator.print(
+        f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.tasks)} tasks ({time.perf_counter() - start:.0f} s)"
+    )
 
     def loop(steps: int, name: str, ema: float = 0.0) -> LoopConfig:
         return LoopConfig(
-            args.output_dir, steps, args.train_batch_size, args.learning_rate, ema_decay=ema, seed=args.seed,
-            checkpointing_steps=args.checkpointing_steps, resume_from_checkpoint=args.resume_from_checkpoint,
+            args.output_dir,
+            steps,
+            args.train_batch_size,
+            args.learning_rate,
+            ema_decay=ema,
+            seed=args.seed,
+            checkpointing_steps=args.checkpointing_steps,
+            resume_from_checkpoint=args.resume_from_checkpoint,
         )
 
     # Stage 1: the autoencoder, and whether its reconstructions still work
-    vae = WeightVAE(WeightVAEConfig(token_size=source.tokenizer.token_size, num_body_tokens=source.tokenizer.num_body_tokens(0),
-                                    kl_weight=args.kl_weight, **source.vae_settings))
+    vae = WeightVAE(
+        WeightVAEConfig(
+            token_size=source.tokenizer.token_size,
+            num_body_tokens=source.tokenizer.num_body_tokens(0),
+            kl_weight=args.kl_weight,
+            **source.vae_settings,
+        )
+    )
     source.initialise(vae)
-    train(accelerator, vae, lambda m, r: vae_loss(m, zoo, r, source.function_loss), loop(args.vae_steps or source.vae_steps, "vae"), "vae")
+    train(
+        accelerator,
+        vae,
+        lambda m, r: vae_loss(m, zoo, r, source.function_loss),
+        loop(args.vae_steps or source.vae_steps, "vae"),
+        "vae",
+    )
     original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
     reconstructed = source.accuracy(source.state_dicts(held_out, reconstruct(vae, held_out)), held_out)
     skipped = False
@@ -119,33 +158,53 @@ def main():
     denoiser = make_denoiser(args.denoiser)
     noise_scheduler, scheduler = make_schedulers(args.prediction_type)
     train(
-        accelerator, denoiser, lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
-        loop(args.max_train_steps or source.max_train_steps, "denoiser", args.ema_decay), "denoiser",
+        accelerator,
+        denoiser,
+        lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
+        loop(args.max_train_steps or source.max_train_steps, "denoiser", args.ema_decay),
+        "denoiser",
     )
     if not accelerator.is_main_process:
         return
 
     # Stage 3: bundle, calibrate, measure
     pipe = D2NWGPipeline(
-        vae=vae.eval(), unet=denoiser.eval(), scheduler=scheduler, weight_tokenizer=source.tokenizer, target=source.target,
-        tasks=source.known_tasks, encoder={"id": MINILM, "revision": None, "sha256": MINILM_SHA256},
-        prediction_type=args.prediction_type, far_below=source.far_below,
+        vae=vae.eval(),
+        unet=denoiser.eval(),
+        scheduler=scheduler,
+        weight_tokenizer=source.tokenizer,
+        target=source.target,
+        tasks=source.known_tasks,
+        encoder={"id": MINILM, "revision": None, "sha256": MINILM_SHA256},
+        prediction_type=args.prediction_type,
+        far_below=source.far_below,
     )
     pipe._encoder = encoder
     pipe.set_progress_bar_config(disable=True)
     generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.tasks]
     noise = calibrate_noise(vae, zoo, generated, source.runs)
-    report = {"gate": gate, "gate_skipped": skipped, "noise_share": noise, "tasks": source.report(pipe, args.seed),
-              "seconds": time.perf_counter() - start}
+    report = {
+        "gate": gate,
+        "gate_skipped": skipped,
+        "noise_share": noise,
+        "tasks": source.report(pipe, args.seed),
+        "seconds": time.perf_counter() - start,
+    }
     folder = args.output_dir / "pipeline"
     pipe.to(torch.float16 if args.zoo else torch.float32)
     pipe.save_pretrained(folder)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
     notes = ["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else []
-    write_card(folder, "generator", base_model=source.target.get("base_model"), prompt="sentiment on SST-2" if args.zoo else "which digit is it",
-               generator="bundled" if args.zoo else str(folder),
-               command="accelerate launch examples/train_d2nwg.py" + (f" --zoo {args.zoo}" if args.zoo else ""), notes=notes,
-               facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed})
+    write_card(
+        folder,
+        "generator",
+        base_model=source.target.get("base_model"),
+        prompt="sentiment on SST-2" if args.zoo else "which digit is it",
+        generator="bundled" if args.zoo else str(folder),
+        command="accelerate launch examples/train_d2nwg.py" + (f" --zoo {args.zoo}" if args.zoo else ""),
+        notes=notes,
+        facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed},
+    )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
 

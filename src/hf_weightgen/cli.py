@@ -8,12 +8,19 @@ from typing import Annotated, Optional
 import typer
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Weights of neural networks, on request.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Weights of neural networks, on request.",
+)
 zoo_app = typer.Typer(no_args_is_help=True, help="Build model zoos.")
 app.add_typer(zoo_app, name="zoo")
 
 Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same weights.")]
-DataRoot = Annotated[Optional[Path], typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")]
+DataRoot = Annotated[
+    Optional[Path], typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")
+]
 Format = Annotated[str, typer.Option("--format", help="'text' or 'json'.")]
 Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, or 'bundled'.")]
 
@@ -28,8 +35,12 @@ def generate(
     seed: Seed = 0,
     generator: Generator = "bundled",
     num_inference_steps: Annotated[Optional[int], typer.Option(help="Steps of the scheduler.")] = None,
-    guidance_scale: Annotated[Optional[float], typer.Option(help="How strongly the prompt is followed; 1 as in training.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")] = None,
+    guidance_scale: Annotated[
+        Optional[float], typer.Option(help="How strongly the prompt is followed; 1 as in training.")
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")
+    ] = None,
     format_: Format = "text",
 ):
     """Generate weights from a description of the task."""
@@ -59,12 +70,21 @@ def generate(
         tried = _classify(output, i, texts) if texts else []
         results.append({"labels": output.labels[i], "tried": tried} | ({"folder": str(folders[i])} if folders else {}))
     if format_ == "json":
-        print(json.dumps({"prompt": prompt, "nearest_task": output.tasks[0], "seed": seed, "samples": results}, ensure_ascii=False, indent=1))
+        print(
+            json.dumps(
+                {"prompt": prompt, "nearest_task": output.tasks[0], "seed": seed, "samples": results},
+                ensure_ascii=False,
+                indent=1,
+            )
+        )
         return
     print(f"nearest known task: {output.tasks[0]}; classes: {', '.join(output.labels[0])}")
     for i, result in enumerate(results):
         for tried in result["tried"]:
-            print((f"[{i}] " if num_samples > 1 else "") + f"{tried['label']} {tried['probability']:.3f}  {tried['text']}")
+            print(
+                (f"[{i}] " if num_samples > 1 else "")
+                + f"{tried['label']} {tried['probability']:.3f}  {tried['text']}"
+            )
         if folders:
             print(f"saved {result['folder']}")
 
@@ -82,8 +102,13 @@ def _classify(output, index: int, texts: list) -> list[dict]:
         with torch.no_grad():
             probabilities = model(**encoded).logits[0].softmax(-1)
         best = int(probabilities.argmax())
-        tried.append({"text": first if second is None else [first, second], "label": model.config.id2label[best],
-                      "probability": round(probabilities[best].item(), 4)})
+        tried.append(
+            {
+                "text": first if second is None else [first, second],
+                "label": model.config.id2label[best],
+                "probability": round(probabilities[best].item(), 4),
+            }
+        )
     return tried
 
 
@@ -91,11 +116,15 @@ def _classify(output, index: int, texts: list) -> list[dict]:
 def evaluate(
     task: Annotated[str, typer.Argument(help="A known task, or a JSON file with a task of your own.")],
     generator: Generator = "bundled",
-    zoo: Annotated[Optional[str], typer.Option(help="Folder or Hub id of the zoo; recomputes the rows that are otherwise stored.")] = None,
+    zoo: Annotated[
+        Optional[str], typer.Option(help="Folder or Hub id of the zoo; recomputes the rows that are otherwise stored.")
+    ] = None,
     data_root: DataRoot = None,
     n: Annotated[int, typer.Option(help="Adapters per row, and the n of best-of-n.")] = 10,
     seed: Seed = 0,
-    cache: Annotated[Optional[Path], typer.Option(help="Folder that keeps predictions, so that an interrupted table resumes.")] = None,
+    cache: Annotated[
+        Optional[Path], typer.Option(help="Folder that keeps predictions, so that an interrupted table resumes.")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="File for the rows as JSON.")] = None,
     format_: Format = "text",
 ):
@@ -109,7 +138,9 @@ def evaluate(
     spec = load_task_spec(task) if task.endswith(".json") else get_task(task)
     pipe = WeightGenPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
-    rows = evaluate_generator(pipe, spec, data_root, zoo, n, seed, cache, on_row=lambda row: print(f"  {row['method']}", file=sys.stderr))
+    rows = evaluate_generator(
+        pipe, spec, data_root, zoo, n, seed, cache, on_row=lambda row: print(f"  {row['method']}", file=sys.stderr)
+    )
     command = f"hf-weightgen evaluate {spec.name} --n {n} --seed {seed}"
     if out is not None:
         write_results(out, spec.name, command, seed, rows)
@@ -119,7 +150,9 @@ def evaluate(
 @zoo_app.command("build")
 def zoo_build(
     folder: Annotated[Path, typer.Argument(help="Where the shards are written; calling it again continues.")],
-    tasks: Annotated[Optional[str], typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")] = None,
+    tasks: Annotated[
+        Optional[str], typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Members per task; the last seed is held out.")] = 6,
     passes: Annotated[int, typer.Option(help="Sentences that one member reads in training.")] = 4000,
     data_root: DataRoot = None,
@@ -129,7 +162,11 @@ def zoo_build(
     from .zoo.build import ZooConfig, build_zoo
 
     wide = [TASKS["clinc150"]]  # many class names: only the shared base adapter reads it
-    specs = [get_task(name.strip()) for name in tasks.split(",")] if tasks else [t for t in TASKS.values() if t not in wide]
+    specs = (
+        [get_task(name.strip()) for name in tasks.split(",")]
+        if tasks
+        else [t for t in TASKS.values() if t not in wide]
+    )
     config = ZooConfig(seeds=seeds, passes=passes)
     built = build_zoo(specs, folder, config, data_root, base_only=[] if tasks else wide)
     print(f"{len(built.finished())} rows in {folder}")

@@ -51,8 +51,20 @@ def write_card(
     except PackageNotFoundError:  # run from a source tree
         installed = "source"
     card = ModelCard.from_template(
-        data, template_path=str(TEMPLATE), kind=kind, base=base_model, labels=list(labels), prompt=prompt, seed=seed, task=task,
-        generator=generator, command=command, table=table, notes=list(notes), facts=dict(facts or {}), version=installed,
+        data,
+        template_path=str(TEMPLATE),
+        kind=kind,
+        base=base_model,
+        labels=list(labels),
+        prompt=prompt,
+        seed=seed,
+        task=task,
+        generator=generator,
+        command=command,
+        table=table,
+        notes=list(notes),
+        facts=dict(facts or {}),
+        version=installed,
     )
     path = Path(folder) / "README.md"
     path.write_text(str(card), encoding="utf-8")

@@ -135,3 +135,7 @@ def test_head_rows_follow_the_names_of_the_classes():
     assert torch.equal(many[WEIGHT], member[WEIGHT][[1, 1, 0, 2]])
     with pytest.raises(ValueError, match="label per head row, 3"):
         transfer_head(member, ["good", "bad"], ["poor", "good"], encoder)
+
+
+def test_choosing_none_of_the_members_is_no_error():
+    assert choose([{"a": torch.zeros(1)}], 0, torch.Generator()) == []

@@ -125,6 +125,8 @@ def noisy_at_distance(
 
 def choose(members: Sequence[StateDict], n: int, generator: torch.Generator) -> list[StateDict]:
     """n random members; every member comes once before one comes again."""
+    if n == 0:
+        return []
     order = torch.cat([torch.randperm(len(members), generator=generator) for _ in range(-(-n // len(members)))])
     return [members[i] for i in order[:n].tolist()]
 

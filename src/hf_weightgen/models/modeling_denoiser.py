@@ -64,7 +64,9 @@ class WeightDenoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states=None, class_labels: Tensor | None = None):
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states=None, class_labels: Tensor | None = None
+    ):
         """
         Args:
             sample (`torch.FloatTensor` of shape `(B, channels, height, width)`): Noisy latents.

@@ -180,7 +180,9 @@ class WeightVAE(PreTrainedModel):
         """Logit that the class names `(B, C, E)` belong to a task that the prompt `(B, E)` asks for: `(B,)`."""
         prompt = F.normalize(self.match_prompt(prompt_embeds), dim=-1)
         names = F.normalize(self.match_name(class_embeds), dim=-1)
-        cosines = torch.stack([torch.einsum("be,bce->bc", *pair) for pair in ((prompt, names), (prompt_embeds, class_embeds))], -1)
+        cosines = torch.stack(
+            [torch.einsum("be,bce->bc", *pair) for pair in ((prompt, names), (prompt_embeds, class_embeds))], -1
+        )
         return self.match_out(class_mean(cosines, class_mask)[:, 0])[:, 0]
 
     def sample_tokens(self, latents: Tensor, class_embeds: Tensor, matches: bool, noise: Tensor) -> Tensor:
@@ -230,7 +232,8 @@ class WeightVAE(PreTrainedModel):
         error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
         # a mean over scalars per checkpoint, then over checkpoints: equal shares of a batch have equal weight
         body, rows = (
-            (error[:, part].sum((1, 2)) / mask[:, part].sum((1, 2)).clamp(min=1)).mean() for part in (slice(T), slice(T, None))
+            (error[:, part].sum((1, 2)) / mask[:, part].sum((1, 2)).clamp(min=1)).mean()
+            for part in (slice(T), slice(T, None))
         )
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss, match_loss = body + rows + self.config.kl_weight * kl, None

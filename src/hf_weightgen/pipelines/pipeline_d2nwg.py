@@ -57,11 +57,21 @@ class D2NWGPipeline(WeightGenPipeline):
     ):
         super().__init__()
         self.register_modules(
-            vae=vae, unet=unet, scheduler=scheduler, weight_tokenizer=weight_tokenizer, text_encoder=text_encoder, tokenizer=tokenizer
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            weight_tokenizer=weight_tokenizer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         self.register_to_config(
-            target=target, tasks=tasks, encoder=encoder, prediction_type=prediction_type, far_below=far_below,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            target=target,
+            tasks=tasks,
+            encoder=encoder,
+            prediction_type=prediction_type,
+            far_below=far_below,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
         )
 
     @torch.no_grad()
@@ -98,8 +108,12 @@ class D2NWGPipeline(WeightGenPipeline):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Give either `prompt` or `prompt_embeds`.")
         size = self.vae.config.embedding_size
-        if prompt_embeds is not None and (prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != size or not len(prompt_embeds)):
-            raise ValueError(f"`prompt_embeds` must have the shape (prompts, {size}), got {tuple(prompt_embeds.shape)}.")
+        if prompt_embeds is not None and (
+            prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != size or not len(prompt_embeds)
+        ):
+            raise ValueError(
+                f"`prompt_embeds` must have the shape (prompts, {size}), got {tuple(prompt_embeds.shape)}."
+            )
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
         if output_type not in ("weights", "latent"):
@@ -109,7 +123,9 @@ class D2NWGPipeline(WeightGenPipeline):
             raise ValueError(f"`num_inference_steps` must be a whole number of at least 1, got {steps!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, known are {self._callback_tensor_inputs}.")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, known are {self._callback_tensor_inputs}."
+            )
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         self._check_scheduler()
 
@@ -127,7 +143,9 @@ class D2NWGPipeline(WeightGenPipeline):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         # 3. Denoise
-        latents = self._denoise(embeds.repeat_interleave(num_samples, 0), steps, guidance, generators, callback_on_step_end)
+        latents = self._denoise(
+            embeds.repeat_interleave(num_samples, 0), steps, guidance, generators, callback_on_step_end
+        )
         weights = []
         if output_type == "weights":
             for i, labels_of in enumerate(names):
@@ -139,11 +157,16 @@ class D2NWGPipeline(WeightGenPipeline):
             labels=[n for n in names for _ in range(num_samples)],
             tasks=[near[0][0]["name"] for near in nearest for _ in range(num_samples)],
             prompts=[p for p in prompts for _ in range(num_samples)],
-            seeds=seeds, target=dict(self.config.target), latents=latents, generator_id=self.source,
+            seeds=seeds,
+            target=dict(self.config.target),
+            latents=latents,
+            generator_id=self.source,
         )
         return output if return_dict else output.to_tuple()
 
-    def _denoise(self, embeds: Tensor, steps: int, guidance: float, generators: list, callback: Callable | None) -> Tensor:
+    def _denoise(
+        self, embeds: Tensor, steps: int, guidance: float, generators: list, callback: Callable | None
+    ) -> Tensor:
         """Scaled latents `(N, channels, height, width)` for prompt embeddings `(N, E)`."""
         shape = tuple(self.vae.config.latent_shape)
         latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.unet.device)
@@ -156,7 +179,9 @@ class D2NWGPipeline(WeightGenPipeline):
             inputs = torch.cat([latents, latents]) if guidance != 1 else latents
             if hasattr(self.scheduler, "scale_model_input"):
                 inputs = self.scheduler.scale_model_input(inputs, t)
-            prediction = self.unet(inputs.to(self.unet.dtype), t, encoder_hidden_states=None, class_labels=conditions).sample.float()
+            prediction = self.unet(
+                inputs.to(self.unet.dtype), t, encoder_hidden_states=None, class_labels=conditions
+            ).sample.float()
             if guidance != 1:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + guidance * (conditional - unconditional)
@@ -165,7 +190,9 @@ class D2NWGPipeline(WeightGenPipeline):
                 latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
         return latents.float()
 
-    def _decode(self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], far: bool, generators: list) -> list[dict]:
+    def _decode(
+        self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], far: bool, generators: list
+    ) -> list[dict]:
         vae = self.vae
         class_embeds = self.encoder.embed(names).to(vae.device)[None]  # (1, C, E)
         mask = torch.ones(1, len(names), dtype=torch.bool, device=vae.device)
@@ -175,14 +202,20 @@ class D2NWGPipeline(WeightGenPipeline):
             warnings.warn(
                 f"The class names {names[:6]} do not fit the prompt {prompt[:80]!r} (compatibility {fit:.2f}); the classes carry "
                 "no information. Name the classes of the task, describe their task in the prompt, or leave `labels` out.",
-                MismatchWarning, stacklevel=3,
+                MismatchWarning,
+                stacklevel=3,
             )
         count = vae.config.num_body_tokens + len(names)
         noise = torch.stack([torch.randn(count, vae.config.token_size, generator=g) for g in generators])
         tokens = vae.sample_tokens(
-            latents.flatten(1).to(vae.device, vae.dtype), class_embeds.to(vae.dtype).expand(len(latents), -1, -1), matches, noise.to(vae.device, vae.dtype)
+            latents.flatten(1).to(vae.device, vae.dtype),
+            class_embeds.to(vae.dtype).expand(len(latents), -1, -1),
+            matches,
+            noise.to(vae.device, vae.dtype),
         )
-        weights = self.weight_tokenizer.decode(tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names)))
+        weights = self.weight_tokenizer.decode(
+            tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names))
+        )
         head = self.weight_tokenizer.layouts[0].head
         return [center_head(state_dict, head) for state_dict in weights]
 

@@ -78,13 +78,17 @@ class WeightGenOutput(BaseOutput):
         id2label = dict(enumerate(names))
         label2id = {name: i for i, name in id2label.items()}
         if self.target["kind"] == "network":
-            config = TargetConfig(**self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
+            config = TargetConfig(
+                **self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id
+            )
             model = TargetModel(config)
             model.load_state_dict(weights)
             return model.eval()
         base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
         model = get_peft_model(base, LoraConfig(**self.target["lora"]))
-        places = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        places = {
+            name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }
         came = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         wrong = [name for name in places | came if places.get(name) != came.get(name)]
         if wrong:
@@ -105,7 +109,9 @@ class WeightGenOutput(BaseOutput):
         """
         root = Path(save_directory)
         if not self.weights:
-            raise ValueError("There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`.")
+            raise ValueError(
+                "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
+            )
         if root.is_file():
             raise ValueError(f"`save_directory` {str(root)!r} is a file; give a folder.")
         folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
@@ -123,14 +129,22 @@ class WeightGenOutput(BaseOutput):
         if self.target["kind"] == "network":
             self.to_model(index).save_pretrained(folder)
         else:
-            config = LoraConfig(**self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True)
+            config = LoraConfig(
+                **self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True
+            )
             config.save_pretrained(folder)
             tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
         write_card(
-            folder, kind=self.target["kind"], base_model=self.target.get("base_model"), labels=names, prompt=self.prompts[index],
-            seed=self.seeds[index], task=self.tasks[index], generator=self.generator_id,
+            folder,
+            kind=self.target["kind"],
+            base_model=self.target.get("base_model"),
+            labels=names,
+            prompt=self.prompts[index],
+            seed=self.seeds[index],
+            task=self.tasks[index],
+            generator=self.generator_id,
         )
 
 
@@ -150,7 +164,9 @@ class WeightGenPipeline(DiffusionPipeline):
         if source == "bundled":
             path = str(BUNDLED)
             if not (BUNDLED / INDEX).is_file():
-                raise FileNotFoundError(f"This installation has no bundled generator in {str(BUNDLED)!r}; reinstall the package.")
+                raise FileNotFoundError(
+                    f"This installation has no bundled generator in {str(BUNDLED)!r}; reinstall the package."
+                )
         if os.path.isdir(path):
             _check_folder(Path(path))
         if cls is WeightGenPipeline:
@@ -174,7 +190,9 @@ class WeightGenPipeline(DiffusionPipeline):
                 _check_names(folder / name, component)
         for part in (pipe, *pipe.components.values()):
             if isinstance(part, ConfigMixin):
-                part.register_to_config(_name_or_path=None)  # a path of this machine, which `save_pretrained` would hand on
+                part.register_to_config(
+                    _name_or_path=None
+                )  # a path of this machine, which `save_pretrained` would hand on
         pipe._source, pipe._folder = source, folder
         return pipe
 
@@ -182,7 +200,9 @@ class WeightGenPipeline(DiffusionPipeline):
     def download(cls, pretrained_model_name, **kwargs):
         """The stock `download` refuses components that do not live in diffusers; ours takes the whole repository, no pickles."""
         if kwargs.get("variant") is not None:
-            raise ValueError(f"`variant` {kwargs['variant']!r} is not supported for generators on the Hub; choose a `revision`.")
+            raise ValueError(
+                f"`variant` {kwargs['variant']!r} is not supported for generators on the Hub; choose a `revision`."
+            )
         kept = {k: kwargs[k] for k in HUB_SETTINGS if k in kwargs}
         folder = snapshot_download(pretrained_model_name, ignore_patterns=list(PICKLES), **kept)
         _check_folder(Path(folder))
@@ -224,7 +244,9 @@ class WeightGenPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or any(not isinstance(p, str) for p in prompts):
-            raise TypeError(f"`prompt` must be text or a list of texts, got {type(prompt).__name__}: {str(prompt)[:60]!r}.")
+            raise TypeError(
+                f"`prompt` must be text or a list of texts, got {type(prompt).__name__}: {str(prompt)[:60]!r}."
+            )
         if not prompts:
             raise ValueError("`prompt` is an empty list; describe at least one task, e.g. 'sentiment on SST-2'.")
         for text in prompts:
@@ -242,11 +264,15 @@ class WeightGenPipeline(DiffusionPipeline):
         if labels is None:
             return None
         if isinstance(labels, str) or not isinstance(labels, Sequence):
-            raise TypeError(f"`labels` must be a list of class names, got {type(labels).__name__}: {str(labels)[:60]!r}.")
+            raise TypeError(
+                f"`labels` must be a list of class names, got {type(labels).__name__}: {str(labels)[:60]!r}."
+            )
         nested = labels and all(isinstance(names, Sequence) and not isinstance(names, str) for names in labels)
         each = [list(names) for names in labels] if nested else [list(labels)] * num_prompts
         if len(each) != num_prompts:
-            raise ValueError(f"`labels` has {len(each)} lists for {num_prompts} prompts; give one list, or one per prompt.")
+            raise ValueError(
+                f"`labels` has {len(each)} lists for {num_prompts} prompts; give one list, or one per prompt."
+            )
         for names in each:
             if any(not isinstance(name, str) or not name.strip() for name in names):
                 raise ValueError(f"`labels` must hold non-empty names, got {names!r}.")
@@ -254,7 +280,9 @@ class WeightGenPipeline(DiffusionPipeline):
                 raise ValueError(f"`labels` must name at least 2 classes, got {names!r}.")
             twice = {name.casefold() for name in names if [n.casefold() for n in names].count(name.casefold()) > 1}
             if twice:
-                raise ValueError(f"`labels` names {sorted(twice)[0]!r} twice in {names!r}; classes need different names.")
+                raise ValueError(
+                    f"`labels` names {sorted(twice)[0]!r} twice in {names!r}; classes need different names."
+                )
         return each
 
     def nearest_tasks(self, prompt_embeds: Tensor, count: int = 3) -> list[list[tuple[dict, float]]]:
@@ -272,7 +300,8 @@ class WeightGenPipeline(DiffusionPipeline):
             warnings.warn(
                 f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
                 "Weights for an unseen task can be much weaker: try them on labelled examples first.",
-                MismatchWarning, stacklevel=3,
+                MismatchWarning,
+                stacklevel=3,
             )
         return far
 
@@ -287,20 +316,31 @@ def _check_folder(folder: Path) -> None:
             )
     index = folder / INDEX
     for name, entry in _read_index(index).items():
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, COMPONENTS, "diffusers", "transformers") and name[0] != "_":
+        if (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and entry[0] not in (None, COMPONENTS, "diffusers", "transformers")
+            and name[0] != "_"
+        ):
             if isinstance(entry[0], str) and isinstance(entry[1], str):
-                raise ValueError(f"{str(index)!r} wants {name!r} from the module {entry[0]!r}; only {COMPONENTS}, diffusers and transformers are loaded from.")
+                raise ValueError(
+                    f"{str(index)!r} wants {name!r} from the module {entry[0]!r}; only {COMPONENTS}, diffusers and transformers are loaded from."
+                )
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):  # reads the header and compares the length of the file with it
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is truncated or no safetensors file ({error}); download or save the generator anew.") from error
+            raise ValueError(
+                f"{str(file)!r} is truncated or no safetensors file ({error}); download or save the generator anew."
+            ) from error
 
 
 def _read_index(file: Path) -> dict:
     if not file.is_file():
-        raise FileNotFoundError(f"No {INDEX} in {str(file.parent)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'.")
+        raise FileNotFoundError(
+            f"No {INDEX} in {str(file.parent)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'."
+        )
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -325,7 +365,11 @@ def _check_names(folder: Path, model: torch.nn.Module) -> None:
             stored.update(tensors.keys())
     wanted = set(model.state_dict())
     if stored and stored != wanted:
-        what = f"lack {sorted(wanted - stored)[0]!r}" if wanted - stored else f"hold {sorted(stored - wanted)[0]!r}, which has no place"
+        what = (
+            f"lack {sorted(wanted - stored)[0]!r}"
+            if wanted - stored
+            else f"hold {sorted(stored - wanted)[0]!r}, which has no place"
+        )
         raise ValueError(
             f"The weights in {str(folder)!r} {what} in {type(model).__name__} ({len(wanted ^ stored)} names differ): they are of "
             "another network than its config.json. Download or save the generator anew."

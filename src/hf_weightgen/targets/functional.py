@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -89,7 +89,9 @@ class AdapterTarget(nn.Module):
             )
         model = get_peft_model(base, lora_config).requires_grad_(False)
         bert = model.base_model.model.bert
-        adapted = [i for i, layer in enumerate(bert.encoder.layer) if any("lora_" in n for n, _ in layer.named_parameters())]
+        adapted = [
+            i for i, layer in enumerate(bert.encoder.layer) if any("lora_" in n for n, _ in layer.named_parameters())
+        ]
         self.first_layer = min(adapted)
         self.embeddings = bert.embeddings
         self.prefix_layers = bert.encoder.layer[: self.first_layer]
@@ -161,11 +163,15 @@ class AdapterTarget(nn.Module):
             `torch.Tensor` of shape `(N, n, D)`: what the head reads. Dropout acts in train mode, differently per adapter.
         """
         dim = 0 if hidden.dim() == 4 else None
-        run = vmap(lambda p, h, m: functional_call(self.suffix, p, (h, m)), in_dims=(0, dim, dim), randomness="different")
+        run = vmap(
+            lambda p, h, m: functional_call(self.suffix, p, (h, m)), in_dims=(0, dim, dim), randomness="different"
+        )
         return run(dict(params), hidden, mask)
 
     @torch.no_grad()
-    def predict(self, state_dicts: Sequence[Mapping[str, Tensor]], buckets: Sequence[Bucket], chunk: int = 8) -> Tensor:
+    def predict(
+        self, state_dicts: Sequence[Mapping[str, Tensor]], buckets: Sequence[Bucket], chunk: int = 8
+    ) -> Tensor:
         """Class predictions `(N, rows)` of N adapters, each with its own head, over all buckets; rows in dataset order."""
         total = sum(len(bucket.rows) for bucket in buckets)
         out = torch.empty(len(state_dicts), total, dtype=torch.long)
@@ -178,6 +184,8 @@ class AdapterTarget(nn.Module):
                     out[start + i, bucket.rows] = logits.argmax(-1)
         return out
 
-    def _pooled_buckets(self, params: Mapping[str, Tensor], buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Tensor]]:
+    def _pooled_buckets(
+        self, params: Mapping[str, Tensor], buckets: Sequence[Bucket]
+    ) -> Iterator[tuple[Bucket, Tensor]]:
         for bucket in buckets:
             yield bucket, self.pooled(params, bucket.hidden, bucket.mask)

@@ -96,8 +96,14 @@ class ZooTensors:
             padded.append(torch.cat([class_embeds[task], torch.zeros(wordings, widest - classes, size)], 1))
         counts = torch.tensor([class_embeds[task].shape[1] for task in tasks])
         return cls(
-            encoded["weight_tokens"], encoded["padding_mask"], torch.tensor([tasks.index(t) for t in task_names]), tasks,
-            padded, torch.arange(widest) < counts[:, None], [prompt_embeds[t] for t in tasks], [families[t] for t in tasks],
+            encoded["weight_tokens"],
+            encoded["padding_mask"],
+            torch.tensor([tasks.index(t) for t in task_names]),
+            tasks,
+            padded,
+            torch.arange(widest) < counts[:, None],
+            [prompt_embeds[t] for t in tasks],
+            [families[t] for t in tasks],
         )
 
     def __len__(self) -> int:
@@ -108,7 +114,9 @@ class ZooTensors:
         task = random.integers(len(self.tasks), purpose=11)
         place = random.uniform(purpose=12)
         rows = [torch.nonzero(self.task_of == t).flatten() for t in range(len(self.tasks))]
-        return torch.stack([rows[t][int(u * len(rows[t]))] for t, u in zip(task.tolist(), place.tolist(), strict=True)])
+        return torch.stack(
+            [rows[t][int(u * len(rows[t]))] for t, u in zip(task.tolist(), place.tolist(), strict=True)]
+        )
 
     def names(self, tasks: Tensor, random: StepRandom, purpose: int = 13) -> Tensor:
         """Class-name embeddings `(b, C, E)` in a random wording each; half of the draws take the task's own wording."""
@@ -131,7 +139,12 @@ class ZooTensors:
         """
         pair, mix = random.uniform(2, purpose=purpose), random.uniform(1, purpose=purpose + 1)
         first, second = (
-            torch.stack([self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))] for t, u in zip(tasks.tolist(), column, strict=True)])
+            torch.stack(
+                [
+                    self.prompt_embeds[t][int(u * len(self.prompt_embeds[t]))]
+                    for t, u in zip(tasks.tolist(), column, strict=True)
+                ]
+            )
             for column in pair.mT.tolist()
         )
         mixed = F.normalize(first + mix * (second - first), dim=-1)
@@ -141,5 +154,9 @@ class ZooTensors:
     def other_tasks(self, tasks: Tensor, random: StepRandom, purpose: int = 15) -> Tensor:
         """For each task one of another family `(b,)`; itself if there is none."""
         draw = random.uniform(purpose=purpose)
-        others = [[o for o, f in enumerate(self.families) if f != family] or [t] for t, family in enumerate(self.families)]
-        return torch.tensor([others[t][int(u * len(others[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)])
+        others = [
+            [o for o, f in enumerate(self.families) if f != family] or [t] for t, family in enumerate(self.families)
+        ]
+        return torch.tensor(
+            [others[t][int(u * len(others[t]))] for t, u in zip(tasks.tolist(), draw.tolist(), strict=True)]
+        )

@@ -13,7 +13,10 @@ from ..models.modeling_weight_vae import WeightVAE
 from .batches import ZooTensors
 
 
-MEAN_LOSS, WORST_LOSS = 0.5, 2.0  # points of accuracy that reconstruction may cost: over all counted tasks, on any of them
+MEAN_LOSS, WORST_LOSS = (
+    0.5,
+    2.0,
+)  # points of accuracy that reconstruction may cost: over all counted tasks, on any of them
 
 
 class GateError(RuntimeError):
@@ -62,7 +65,12 @@ def check_gate(original: Mapping[str, float], reconstructed: Mapping[str, float]
         )
     loss = {task: 100 * (original[task] - reconstructed[task]) for task in original}
     worst = max(loss, key=loss.get)
-    result = {"mean_loss": sum(loss.values()) / len(loss), "worst_loss": loss[worst], "worst_task": worst, "losses": loss}
+    result = {
+        "mean_loss": sum(loss.values()) / len(loss),
+        "worst_loss": loss[worst],
+        "worst_task": worst,
+        "losses": loss,
+    }
     if result["mean_loss"] > MEAN_LOSS or result["worst_loss"] > WORST_LOSS:
         raise GateError(
             f"Reconstructed members lose {result['mean_loss']:.2f} points on average (at most {MEAN_LOSS} wanted) and "
@@ -78,7 +86,9 @@ def fit_latent_scale(vae: WeightVAE, means: Tensor, log_stds: Tensor) -> None:
     vae.latent_std.copy_((means.var(0) + (2 * log_stds).exp().mean(0)).sqrt().clamp(min=1e-4))
 
 
-def calibrate_noise(vae: WeightVAE, zoo: ZooTensors, generated: Sequence[Tensor], runs: Sequence[Sequence[int]]) -> dict:
+def calibrate_noise(
+    vae: WeightVAE, zoo: ZooTensors, generated: Sequence[Tensor], runs: Sequence[Sequence[int]]
+) -> dict:
     """
     Sets the observation noise so that generated weights vary within a task as much as independent runs do.
 

@@ -44,7 +44,13 @@ class LoopConfig:
     seed: int = 0
 
 
-def train(accelerator: Accelerator, model: nn.Module, loss_of: Callable[[nn.Module, StepRandom], Tensor], config: LoopConfig, name: str) -> nn.Module:
+def train(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, StepRandom], Tensor],
+    config: LoopConfig,
+    name: str,
+) -> nn.Module:
     """
     Trains `model` in place and returns it, with the EMA's parameters if there is one.
 
@@ -65,16 +71,29 @@ def train(accelerator: Accelerator, model: nn.Module, loss_of: Callable[[nn.Modu
     schedule = get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, config.max_train_steps)
     model.train()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
+    ema = (
+        EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        if config.ema_decay
+        else None
+    )
     state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
     folder = Path(config.output_dir) / name
     first = _resume(folder, config.resume_from_checkpoint, state)
     steps = range(first, config.max_train_steps)
-    bar = tqdm(steps, desc=name, unit="step", initial=first, total=config.max_train_steps, disable=not accelerator.is_local_main_process)
+    bar = tqdm(
+        steps,
+        desc=name,
+        unit="step",
+        initial=first,
+        total=config.max_train_steps,
+        disable=not accelerator.is_local_main_process,
+    )
     for step in bar:
         loss = loss_of(wrapped, StepRandom(config.seed, step, config.train_batch_size, rows))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of {name} is {loss.item()} at step {step}; lower the learning rate, or check the zoo for outliers.")
+            raise FloatingPointError(
+                f"The loss of {name} is {loss.item()} at step {step}; lower the learning rate, or check the zoo for outliers."
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -122,7 +141,9 @@ def _resume(folder: Path, which: str | None, state: dict) -> int:
     else:
         path = folder / Path(which).name
         if path not in found:
-            raise ValueError(f"No checkpoint {path}; there are {[p.name for p in found] or 'none'}. Give one of them, or 'latest'.")
+            raise ValueError(
+                f"No checkpoint {path}; there are {[p.name for p in found] or 'none'}. Give one of them, or 'latest'."
+            )
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     for key, value in state.items():
         value.load_state_dict(saved[key])

@@ -18,7 +18,9 @@ CLASSES_PER_STEP = 20  # of each checkpoint, at random; the loss is the same on 
 PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classifier-free guidance
 
 
-def vae_loss(vae: nn.Module, zoo: ZooTensors, random: StepRandom, function_loss: Callable | None = None, weight: float = 1.0) -> Tensor:
+def vae_loss(
+    vae: nn.Module, zoo: ZooTensors, random: StepRandom, function_loss: Callable | None = None, weight: float = 1.0
+) -> Tensor:
     """
     Eq. 1 on a batch, with the compatibility of prompts and class names.
 
@@ -56,7 +58,9 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(values))[:, None], index]
 
 
-def diffusion_loss(denoiser: nn.Module, scheduler, latents: Tensor, log_std: Tensor, zoo: ZooTensors, random: StepRandom) -> Tensor:
+def diffusion_loss(
+    denoiser: nn.Module, scheduler, latents: Tensor, log_std: Tensor, zoo: ZooTensors, random: StepRandom
+) -> Tensor:
     """
     Eq. 5 on a batch of posterior samples; `scheduler.config.prediction_type` decides what the denoiser predicts.
 
@@ -87,4 +91,6 @@ def noised(scheduler, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Te
         return noisy, timesteps, scheduler.get_velocity(clean, noise, timesteps)
     if kind == "epsilon":
         return noisy, timesteps, noise
-    raise ValueError(f"`prediction_type` {kind!r} cannot be trained; choose 'epsilon', 'v_prediction' or a flow-matching scheduler.")
+    raise ValueError(
+        f"`prediction_type` {kind!r} cannot be trained; choose 'epsilon', 'v_prediction' or a flow-matching scheduler."
+    )

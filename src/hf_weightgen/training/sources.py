@@ -100,15 +100,24 @@ class Source:
             members = [members_of[row] for row in torch.nonzero(zoo.task_of == index).flatten().tolist()]
             stacked = {name: torch.stack([m[name] for m in members]) for name in members[0]}
             gaussian = [
-                {n: t.mean(0) + t.std(0) * torch.randn(t.shape[1:], generator=generator) for n, t in stacked.items()} for _ in range(count)
+                {n: t.mean(0) + t.std(0) * torch.randn(t.shape[1:], generator=generator) for n, t in stacked.items()}
+                for _ in range(count)
             ]
             prompts = zoo.prompt_embeds[index]
             labels = next(t["labels"] for t in self.known_tasks if t["name"] == task)
-            output = pipe(prompt_embeds=prompts[torch.arange(count) % len(prompts)], labels=list(labels), generator=generator)
-            rows = {"average": [{n: t.mean(0) for n, t in stacked.items()}], "gaussian": gaussian, "generated": output.weights}
+            output = pipe(
+                prompt_embeds=prompts[torch.arange(count) % len(prompts)], labels=list(labels), generator=generator
+            )
+            rows = {
+                "average": [{n: t.mean(0) for n, t in stacked.items()}],
+                "gaussian": gaussian,
+                "generated": output.weights,
+            }
             if task not in self.zoo_scores:
                 rows["zoo"] = members
-            result[task] = {name: round(100 * self.score(weights, task).mean().item(), 2) for name, weights in rows.items()}
+            result[task] = {
+                name: round(100 * self.score(weights, task).mean().item(), 2) for name, weights in rows.items()
+            }
             result[task] |= {"zoo": round(100 * self.zoo_scores[task], 2)} if task in self.zoo_scores else {}
             result[task]["counted"] = self.counts(task)
         return result
@@ -121,21 +130,35 @@ def _known(tasks, prompt_embeds: Mapping[str, Tensor]) -> tuple[list[dict], floa
         embeds = prompt_embeds[task.name]
         centre = F.normalize(embeds.mean(0), dim=0)
         cosines.append(embeds @ centre)
-        known.append({"name": task.name, "family": getattr(task, "family", task.name), "labels": list(task.labels),
-                      "prompt_embedding": [round(x, 5) for x in centre.tolist()]})
+        known.append(
+            {
+                "name": task.name,
+                "family": getattr(task, "family", task.name),
+                "labels": list(task.labels),
+                "prompt_embedding": [round(x, 5) for x in centre.tolist()],
+            }
+        )
     return known, round(torch.cat(cosines).quantile(0.02).item() - 0.05, 3)
 
 
 def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     """The embedded default: see [`zoo.digits`]."""
     rows = build_digit_zoo(networks, seed=seed)
-    tokenizer = WeightTokenizer.fit((row["weights"] for row in rows if row["split"] == "train"), token_size=64, head=HEAD)
+    tokenizer = WeightTokenizer.fit(
+        (row["weights"] for row in rows if row["split"] == "train"), token_size=64, head=HEAD
+    )
     prompts = {task.name: encoder.embed(task.prompts) for task in TASKS}
     names = {task.name: encoder.embed(task.labels)[None] for task in TASKS}
     families = {task.name: task.name for task in TASKS}
     parts = {
-        split: ZooTensors.of(tokenizer, [r["weights"] for r in rows if r["split"] == split],
-                             [r["task"] for r in rows if r["split"] == split], names, prompts, families)
+        split: ZooTensors.of(
+            tokenizer,
+            [r["weights"] for r in rows if r["split"] == split],
+            [r["task"] for r in rows if r["split"] == split],
+            names,
+            prompts,
+            families,
+        )
         for split in ("train", "held_out")
     }
     train = parts["train"]
@@ -157,15 +180,25 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
 
     known, far_below = _known(TASKS, prompts)
     return Source(
-        tokenizer, train, parts["held_out"], [torch.nonzero(train.task_of == t).flatten().tolist() for t in range(len(train.tasks))],
-        {"kind": "network", "config": {"input_size": 64, "hidden_size": HIDDEN, "activation": ACTIVATION}}, known, far_below,
-        lambda weights, task: digit_accuracy(list(weights), task, "test"), vae_steps=3000, max_train_steps=3000,
-        vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0}, function_loss=function_loss,
+        tokenizer,
+        train,
+        parts["held_out"],
+        [torch.nonzero(train.task_of == t).flatten().tolist() for t in range(len(train.tasks))],
+        {"kind": "network", "config": {"input_size": 64, "hidden_size": HIDDEN, "activation": ACTIVATION}},
+        known,
+        far_below,
+        lambda weights, task: digit_accuracy(list(weights), task, "test"),
+        vae_steps=3000,
+        max_train_steps=3000,
+        vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0},
+        function_loss=function_loss,
     )
 
 
 def _mlp_of(tokenizer: WeightTokenizer, tokens: Tensor, classes: int) -> dict[str, Tensor]:
-    decoded = tokenizer.decode(tokens[:, : tokenizer.num_body_tokens(0) + classes], num_classes=torch.full((len(tokens),), classes))
+    decoded = tokenizer.decode(
+        tokens[:, : tokenizer.num_body_tokens(0) + classes], num_classes=torch.full((len(tokens),), classes)
+    )
     return {name: torch.stack([d[name] for d in decoded]) for name in decoded[0]}
 
 
@@ -177,19 +210,29 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
     reference = {n: t for n, t in base.items() if "lora_" in n}
     where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
     last = max(dataset["checkpoint"])
-    where["held_out"] = [i for i in where["held_out"] if dataset[i]["checkpoint"] == last]  # one member per task for the gate
+    where["held_out"] = [
+        i for i in where["held_out"] if dataset[i]["checkpoint"] == last
+    ]  # one member per task for the gate
     weights = {
-        part: [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in zoo_state_dicts(dataset, rows)] for part, rows in where.items()
+        part: [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in zoo_state_dicts(dataset, rows)]
+        for part, rows in where.items()
     }
-    tokenizer = WeightTokenizer.fit(weights["train"], token_size=base[f"{NAME_PROJECTION}.weight"].shape[1] + 1, head=(WEIGHT, BIAS))
+    tokenizer = WeightTokenizer.fit(
+        weights["train"], token_size=base[f"{NAME_PROJECTION}.weight"].shape[1] + 1, head=(WEIGHT, BIAS)
+    )
     specs = [get_task(name) for name in dict.fromkeys(task_names) if name != "base"]
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
     names = {spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs}
     families = {spec.name: spec.family for spec in specs}
-    parts = {p: ZooTensors.of(tokenizer, weights[p], [task_names[i] for i in where[p]], names, prompts, families) for p in where}
+    parts = {
+        p: ZooTensors.of(tokenizer, weights[p], [task_names[i] for i in where[p]], names, prompts, families)
+        for p in where
+    }
     runs = []
     for task in parts["train"].tasks:
-        last = {seeds[i]: n for n, i in enumerate(where["train"]) if task_names[i] == task}  # the last checkpoint of each seed
+        last = {
+            seeds[i]: n for n, i in enumerate(where["train"]) if task_names[i] == task
+        }  # the last checkpoint of each seed
         runs.append(list(last.values()))
     data = load_tasks([*specs, get_task("clinc150")] if "clinc150" not in families else specs, data_root)
     target = AdapterTarget(load_classifier(MINILM, num_labels=2), lora_config())
@@ -205,11 +248,28 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
     known, far_below = _known(specs, prompts)
     config = lora_config()
     source = Source(
-        tokenizer, parts["train"], parts["held_out"], runs,
-        {"kind": "adapter", "base_model": MINILM, "lora": {
-            "task_type": "SEQ_CLS", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
-            "layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}},
-        known, far_below, score, vae_steps=7000, max_train_steps=5000, samples=5,
+        tokenizer,
+        parts["train"],
+        parts["held_out"],
+        runs,
+        {
+            "kind": "adapter",
+            "base_model": MINILM,
+            "lora": {
+                "task_type": "SEQ_CLS",
+                "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "target_modules": sorted(config.target_modules),
+                "layers_to_transform": config.layers_to_transform,
+                "layers_pattern": config.layers_pattern,
+            },
+        },
+        known,
+        far_below,
+        score,
+        vae_steps=7000,
+        max_train_steps=5000,
+        samples=5,
         name_projection=tuple(LOGIT_SCALE * base[f"{NAME_PROJECTION}.{part}"] for part in ("weight", "bias")),
     )
     metrics = dataset["metrics"]

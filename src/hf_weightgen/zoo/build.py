@@ -47,8 +47,12 @@ NAME_PROJECTION = "name_projection"
 def lora_config() -> LoraConfig:
     """r = 4 on query and value of the last two of MiniLM's six layers."""
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, target_modules=["query", "value"],
-        layers_to_transform=[4, 5], layers_pattern="layer",
+        task_type=TaskType.SEQ_CLS,
+        r=4,
+        lora_alpha=8,
+        target_modules=["query", "value"],
+        layers_to_transform=[4, 5],
+        layers_pattern="layer",
     )
 
 
@@ -121,9 +125,13 @@ def build_zoo(
     if "base" not in done:
         rows = [_base_row(target, tokenizer, encoder, data, config, progress)]
         folder.add("base", rows)
-    base = _read_base(folder)
+    base = row_to_state_dict(folder.row("base"))
 
-    todo = [spec for spec in specs if not {_id(spec, s, c) for s in range(config.seeds) for c in range(len(config.checkpoints))} <= done]
+    todo = [
+        spec
+        for spec in specs
+        if not {_id(spec, s, c) for s in range(config.seeds) for c in range(len(config.checkpoints))} <= done
+    ]
     total = sum(config.passes_of.get(spec.name, config.passes) for spec in todo) * config.seeds
     with tqdm(total=total, desc="zoo", unit="pass", disable=not progress, smoothing=0.05) as bar:
         for spec in todo:
@@ -153,7 +161,10 @@ def train_members(
     save_at = _checkpoint_steps(spec, config)
     steps = passes // config.batch_size
     optimizer = torch.optim.AdamW(
-        [{"params": lora, "lr": config.lr}, {"params": [params[WEIGHT].requires_grad_(), params[BIAS].requires_grad_()], "lr": config.head_lr}],
+        [
+            {"params": lora, "lr": config.lr},
+            {"params": [params[WEIGHT].requires_grad_(), params[BIAS].requires_grad_()], "lr": config.head_lr},
+        ],
         weight_decay=0.01,
     )
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
@@ -166,7 +177,9 @@ def train_members(
         target.train()
         bucket, index = next(batches)  # index (K, b): every seed reads sentences of its own
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            pooled = target.pooled({n: params[n] for n in target.names.values()}, bucket.hidden[index], bucket.mask[index])
+            pooled = target.pooled(
+                {n: params[n] for n in target.names.values()}, bucket.hidden[index], bucket.mask[index]
+            )
         pooled = F.dropout(pooled.float(), 0.1)
         logits = pooled @ params[WEIGHT].mT + params[BIAS][:, None]  # (K, b, C)
         loss = F.cross_entropy(logits.flatten(0, 1), bucket.labels[index].flatten(), reduction="sum") / index.shape[1]
@@ -179,18 +192,31 @@ def train_members(
         if step in save_at:
             target.eval()
             members = [
-                {**target.unstack(params, k), WEIGHT: params[WEIGHT][k].detach().clone(), BIAS: params[BIAS][k].detach().clone()}
+                {
+                    **target.unstack(params, k),
+                    WEIGHT: params[WEIGHT][k].detach().clone(),
+                    BIAS: params[BIAS][k].detach().clone(),
+                }
                 for k in range(K)
             ]
             last = step == max(save_at)  # the test split is read once per run
-            accuracy = [_accuracy(target, members, split) if last or i == 0 else [None] * K for i, split in enumerate(evaluation)]
+            accuracy = [
+                _accuracy(target, members, split) if last or i == 0 else [None] * K
+                for i, split in enumerate(evaluation)
+            ]
             for k, member in enumerate(members):
                 yield make_row(
                     member,
-                    id=_id(spec, k, save_at[step]), task=spec.name, family=spec.family,
+                    id=_id(spec, k, save_at[step]),
+                    task=spec.name,
+                    family=spec.family,
                     split="held_out" if k == K - 1 else "train",
-                    text=spec.prompts[0] if spec.prompts else spec.name, labels=list(spec.labels), seed=k,
-                    checkpoint=save_at[step], epoch=step * config.batch_size / len(data.train), arch=_arch(config),
+                    text=spec.prompts[0] if spec.prompts else spec.name,
+                    labels=list(spec.labels),
+                    seed=k,
+                    checkpoint=save_at[step],
+                    epoch=step * config.batch_size / len(data.train),
+                    arch=_arch(config),
                     metrics={"validation": accuracy[0][k], "test": accuracy[1][k]},
                     provenance=_provenance(config, data) | {"sentence_passes": step * config.batch_size},
                 )
@@ -199,7 +225,9 @@ def train_members(
 def _checkpoint_steps(spec: TaskSpec, config: ZooConfig) -> dict[int, int]:
     """Step -> number of the checkpoint that is saved after it."""
     passes = config.passes_of.get(spec.name, config.passes)
-    steps = {max(1, round(fraction * (passes // config.batch_size))): i for i, fraction in enumerate(config.checkpoints)}
+    steps = {
+        max(1, round(fraction * (passes // config.batch_size))): i for i, fraction in enumerate(config.checkpoints)
+    }
     if passes < config.batch_size or len(steps) < len(config.checkpoints):
         raise ValueError(
             f"Task {spec.name!r}: {passes} passes are {passes // config.batch_size} steps of {config.batch_size} sentences, too few for "
@@ -222,7 +250,9 @@ def head_of_names(base: Mapping[str, Tensor], names: Tensor) -> dict[str, Tensor
     return {WEIGHT: LOGIT_SCALE * names @ weight, BIAS: LOGIT_SCALE * names @ bias}
 
 
-def train_base(target: AdapterTarget, tokenizer, encoder, data: Mapping[str, TaskData], config: ZooConfig, progress: bool) -> dict[str, Tensor]:
+def train_base(
+    target: AdapterTarget, tokenizer, encoder, data: Mapping[str, TaskData], config: ZooConfig, progress: bool
+) -> dict[str, Tensor]:
     """The shared start of all members: LoRA tensors and the name projection. See the head of this module."""
     generator = torch.Generator().manual_seed(_seed(config.seed, "base"))
     torch.manual_seed(_seed(config.seed, "base", "dropout"))
@@ -230,28 +260,51 @@ def train_base(target: AdapterTarget, tokenizer, encoder, data: Mapping[str, Tas
     for name, inner in target.names.items():
         shape = target.shapes()[name]
         bound = 1 / math.sqrt(shape[1])  # PEFT's initialisation: Kaiming uniform with a = sqrt(5) for A, zeros for B
-        params[inner] = (torch.empty(1, *shape).uniform_(-bound, bound, generator=generator) if "lora_A" in name else torch.zeros(1, *shape))
+        params[inner] = (
+            torch.empty(1, *shape).uniform_(-bound, bound, generator=generator)
+            if "lora_A" in name
+            else torch.zeros(1, *shape)
+        )
     tasks = []
     for task in tqdm(data.values(), desc="reading", unit="task", disable=not progress):
         subset = evaluation_subset(task.train, config.base_pool)
-        texts = subset["text"] if "text_pair" not in subset.column_names else [f"{a} {b}" for a, b in zip(subset["text"], subset["text_pair"], strict=True)]
+        texts = (
+            subset["text"]
+            if "text_pair" not in subset.column_names
+            else [f"{a} {b}" for a, b in zip(subset["text"], subset["text_pair"], strict=True)]
+        )
         embeddings = encoder.embed([text[:1000] for text in texts])  # (rows, E)
-        tasks.append((target.buckets(tokenizer, subset, config.max_length), embeddings, [encoder.embed(wording) for wording in task.spec.wordings], len(subset)))
+        tasks.append(
+            (
+                target.buckets(tokenizer, subset, config.max_length),
+                embeddings,
+                [encoder.embed(wording) for wording in task.spec.wordings],
+                len(subset),
+            )
+        )
 
     target.eval()
     with torch.no_grad():  # W and b start as the ridge regression of e(x) on f(x)
         features = torch.cat([target.pooled(params, b.hidden, b.mask)[0] for buckets, *_ in tasks for b in buckets])
         wanted = torch.cat([embeddings[b.rows] for buckets, embeddings, *_ in tasks for b in buckets])
         features = F.pad(features, (0, 1), value=1.0).double()
-        ridge = torch.linalg.solve(features.mT @ features + 10 * torch.eye(features.shape[1]), features.mT @ wanted.double()).float()
+        ridge = torch.linalg.solve(
+            features.mT @ features + 10 * torch.eye(features.shape[1]), features.mT @ wanted.double()
+        ).float()
     weight, bias = ridge[:-1].mT.contiguous().requires_grad_(), ridge[-1].clone().requires_grad_()  # (E, D), (E,)
 
     lora = [p.requires_grad_() for p in params.values()]
     optimizer = torch.optim.AdamW(
-        [{"params": lora, "lr": config.base_lr}, {"params": [weight, bias], "lr": config.base_projection_lr / LOGIT_SCALE}], weight_decay=0.0
+        [
+            {"params": lora, "lr": config.base_lr},
+            {"params": [weight, bias], "lr": config.base_projection_lr / LOGIT_SCALE},
+        ],
+        weight_decay=0.0,
     )
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup * config.base_steps), config.base_steps)
-    odds = torch.tensor([math.sqrt(rows * min(len(names[0]), 30)) for _, _, names, rows in tasks])  # more for many classes
+    odds = torch.tensor(
+        [math.sqrt(rows * min(len(names[0]), 30)) for _, _, names, rows in tasks]
+    )  # more for many classes
     target.train()
     for _ in tqdm(range(config.base_steps), desc="base adapter", unit="step", disable=not progress):
         buckets, embeddings, wordings, _ = tasks[torch.multinomial(odds, 1, generator=generator).item()]
@@ -282,31 +335,47 @@ def _base_row(target, tokenizer, encoder, data, config, progress) -> dict:
         member = state_dict | head_of_names(state_dict, encoder.embed(task.spec.labels))
         metrics[name] = _accuracy(target, [member], buckets)[0]
     return make_row(
-        state_dict, id="base", task="base", family="base", split="base", text="", labels=[], seed=config.seed, checkpoint=0,
-        epoch=0.0, arch=_arch(config), metrics={"validation": sum(metrics.values()) / len(metrics), "test": float("nan")},
-        provenance={"tasks": metrics, "hyper_parameters": _hyper(config), "versions": _versions(),
-                    "sentence_passes": config.base_steps * config.base_batch_size},
+        state_dict,
+        id="base",
+        task="base",
+        family="base",
+        split="base",
+        text="",
+        labels=[],
+        seed=config.seed,
+        checkpoint=0,
+        epoch=0.0,
+        arch=_arch(config),
+        metrics={"validation": sum(metrics.values()) / len(metrics), "test": float("nan")},
+        provenance={
+            "tasks": metrics,
+            "hyper_parameters": _hyper(config),
+            "versions": _versions(),
+            "sentence_passes": config.base_steps * config.base_batch_size,
+        },
     )
 
 
-def _read_base(folder: ZooFolder) -> dict[str, Tensor]:
-    return row_to_state_dict(folder.row("base"))
-
-
-def _batches(buckets: Sequence[Bucket], batch_size: int, K: int, generator: torch.Generator) -> Iterator[tuple[Bucket, Tensor]]:
+def _batches(
+    buckets: Sequence[Bucket], batch_size: int, K: int, generator: torch.Generator
+) -> Iterator[tuple[Bucket, Tensor]]:
     """Endless epochs: a bucket of similar lengths in random order, and for each of K seeds its own batch of it `(K, b)`."""
     while True:
         batches = []
         for number, bucket in enumerate(buckets):
             orders = torch.stack([torch.randperm(len(bucket.rows), generator=generator) for _ in range(K)])  # (K, n)
-            batches += [(number, index) for index in orders.split(batch_size, dim=1) if index.shape[1] > batch_size // 2]
+            batches += [
+                (number, index) for index in orders.split(batch_size, dim=1) if index.shape[1] > batch_size // 2
+            ]
         if not batches:  # a pool smaller than half a batch
             batches = [(0, torch.stack([torch.randperm(len(buckets[0].rows), generator=generator) for _ in range(K)]))]
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield buckets[batches[i][0]], batches[i][1]
 
 
-def _accuracy(target: AdapterTarget, members: Sequence[Mapping[str, Tensor]], buckets: Sequence[Bucket]) -> list[float]:
+def _accuracy(
+    target: AdapterTarget, members: Sequence[Mapping[str, Tensor]], buckets: Sequence[Bucket]
+) -> list[float]:
     labels = torch.empty(sum(len(b.rows) for b in buckets), dtype=torch.long)
     for bucket in buckets:
         labels[bucket.rows] = bucket.labels
@@ -322,28 +391,43 @@ def _seed(*parts) -> int:
 
 
 def _arch(config: ZooConfig) -> dict:
-    return {"base_model": config.base_model, "task_type": "SEQ_CLS", **{k: v for k, v in _peft(lora_config()).items()}}
+    return {"base_model": config.base_model, "task_type": "SEQ_CLS", **_peft(lora_config())}
 
 
 def _peft(config: LoraConfig) -> dict:
     return {
-        "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
-        "layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "layers_to_transform": config.layers_to_transform,
+        "layers_pattern": config.layers_pattern,
     }
 
 
 def _hyper(config: ZooConfig) -> dict:
-    return json.loads(json.dumps(asdict(config) | {"passes_of": dict(config.passes_of), "logit_scale": LOGIT_SCALE, "distillation": DISTILLATION}))
+    return json.loads(
+        json.dumps(
+            asdict(config)
+            | {"passes_of": dict(config.passes_of), "logit_scale": LOGIT_SCALE, "distillation": DISTILLATION}
+        )
+    )
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "peft", "datasets")}}
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("torch", "transformers", "peft", "datasets")},
+    }
 
 
 def _provenance(config: ZooConfig, data: TaskData) -> dict:
     return {
-        "dataset": data.spec.dataset_id, "config": data.spec.config, "data_revision": data.data_revision,
-        "removed_duplicates": data.removed_duplicates, "hyper_parameters": _hyper(config), "versions": _versions(),
+        "dataset": data.spec.dataset_id,
+        "config": data.spec.config,
+        "data_revision": data.data_revision,
+        "removed_duplicates": data.removed_duplicates,
+        "hyper_parameters": _hyper(config),
+        "versions": _versions(),
     }
 
 

@@ -81,7 +81,9 @@ def build_digit_zoo(networks: int = 256, steps: int = 300, seed: int = 0, progre
         }
         optimizer = torch.optim.Adam([p.requires_grad_() for p in params.values()], lr=1e-2)
         for _ in range(steps):
-            batch = torch.randint(len(digits), (networks, 64), generator=generator)  # every network reads its own images
+            batch = torch.randint(
+                len(digits), (networks, 64), generator=generator
+            )  # every network reads its own images
             logits = mlp_logits(params, images[batch], ACTIVATION)
             loss = F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), reduction="sum") / 64
             optimizer.zero_grad()
