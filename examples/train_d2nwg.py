@@ -18,14 +18,11 @@ from hf_weightgen.hub import write_card
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
-from hf_weightgen.targets.base_models import MINILM, load_encoder
+from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
 from hf_weightgen.training.d2nwg import GateError, calibrate_noise, check_gate, encode, fit_latent_scale, reconstruct
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.sources import digits_source, text_source
-
-
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def parse_args():
@@ -175,7 +172,7 @@ def main():
         weight_tokenizer=source.tokenizer,
         target=source.target,
         tasks=source.known_tasks,
-        encoder={"id": MINILM, "revision": None, "sha256": MINILM_SHA256},
+        encoder={"id": MINILM, "revision": None, "sha256": PACKAGED[MINILM][1]},
         prediction_type=args.prediction_type,
         far_below=source.far_below,
     )

@@ -15,7 +15,7 @@ from ..targets.functional import BIAS, WEIGHT, AdapterTarget
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
-from ..zoo.build import LOGIT_SCALE, NAME_PROJECTION, lora_config
+from ..zoo.build import LOGIT_SCALE, NAME_PROJECTION, lora_config, lora_settings
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
 from ..zoo.schema import load_zoo, zoo_state_dicts
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
@@ -246,7 +246,6 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         return (target.predict(list(state_dicts), buckets) == labels).double().mean(1)
 
     known, far_below = _known(specs, prompts)
-    config = lora_config()
     source = Source(
         tokenizer,
         parts["train"],
@@ -255,14 +254,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         {
             "kind": "adapter",
             "base_model": MINILM,
-            "lora": {
-                "task_type": "SEQ_CLS",
-                "r": config.r,
-                "lora_alpha": config.lora_alpha,
-                "target_modules": sorted(config.target_modules),
-                "layers_to_transform": config.layers_to_transform,
-                "layers_pattern": config.layers_pattern,
-            },
+            "lora": {"task_type": "SEQ_CLS", **lora_settings(lora_config())},
         },
         known,
         far_below,

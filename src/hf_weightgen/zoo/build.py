@@ -391,10 +391,10 @@ def _seed(*parts) -> int:
 
 
 def _arch(config: ZooConfig) -> dict:
-    return {"base_model": config.base_model, "task_type": "SEQ_CLS", **_peft(lora_config())}
+    return {"base_model": config.base_model, "task_type": "SEQ_CLS", **lora_settings(lora_config())}
 
 
-def _peft(config: LoraConfig) -> dict:
+def lora_settings(config: LoraConfig) -> dict:
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
