@@ -10,8 +10,7 @@ The run may be killed at any time; the same command continues.
 import argparse
 from pathlib import Path
 
-from hf_weightgen.targets.tasks import TASKS
-from hf_weightgen.zoo.build import ZooConfig, build_zoo
+from hf_weightgen.zoo.build import ZooConfig, build_zoo, default_tasks
 from hf_weightgen.zoo.schema import merge
 
 
@@ -22,8 +21,7 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="Train under bfloat16 autocast.")
     parser.add_argument("--merge", type=Path, help="Also write the finished zoo compactly, weights in float16.")
     args = parser.parse_args()
-    base_only = [TASKS["clinc150"]]  # 151 class names widen what the shared start knows; no members are trained on it
-    specs = [task for task in TASKS.values() if task not in base_only]
+    specs, base_only = default_tasks()
     zoo = build_zoo(specs, args.folder, ZooConfig(bf16=args.bf16), args.data_root, base_only)
     print(f"{len(zoo.finished())} rows in {args.folder}")
     if args.merge:

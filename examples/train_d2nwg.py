@@ -12,14 +12,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
+from hf_weightgen.evaluation.baselines import average, gaussian
 from hf_weightgen.hub import write_card
-from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
-from hf_weightgen.training.d2nwg import GateError, calibrate_noise, check_gate, encode, fit_latent_scale, reconstruct
+from hf_weightgen.training.d2nwg import (
+    GateError,
+    calibrate_noise,
+    check_gate,
+    encode,
+    fit_latent_scale,
+    make_denoiser,
+    make_schedulers,
+    reconstruct,
+)
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.sources import digits_source, text_source
@@ -39,12 +47,12 @@ def parse_args():
         default=Path("runs/d2nwg"),
         help="Checkpoints, results and, in `pipeline/`, the generator.",
     )
-    add("--networks", type=int, default=256, help="Networks per digit task.")
+    add("--networks", type=int, default=1024, help="Networks per digit task.")
     add("--vae_steps", type=int, help="Steps of the autoencoder.")
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
     add("--learning_rate", type=float, default=1e-3)
-    add("--kl_weight", type=float, default=1e-3)
+    add("--kl_weight", type=float, help="Weight of the autoencoder's KL divergence. Default: that of the kind of zoo.")
     add("--denoiser", choices=("mlp", "unet"), default="mlp")
     add("--prediction_type", choices=("v_prediction", "epsilon", "flow_prediction"), default="v_prediction")
     add("--ema_decay", type=float, default=0.999)
@@ -62,29 +70,10 @@ def parse_args():
     return parser.parse_args()
 
 
-def make_denoiser(kind: str) -> torch.nn.Module:
-    if kind == "mlp":
-        return WeightDenoiser()
-    return UNet2DConditionModel(  # no cross-attention: the prompt is added to the time embedding
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D",
-        class_embed_type="projection", projection_class_embeddings_input_dim=384, cross_attention_dim=32,
-    )  # fmt: skip
-
-
-def make_schedulers(prediction_type: str):
-    """The scheduler that training draws noise with, and the few-step one that the pipeline is saved with."""
-    if prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
-    training = DDPMScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False
-    )
-    return training, DPMSolverMultistepScheduler.from_config(training.config)
-
-
 def main():
     args = parse_args()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to, project_dir=args.output_dir)
+    # zoos of this size stay on the CPU: a step is a few small matrix products, and a run takes minutes
+    accelerator = Accelerator(cpu=True, log_with=args.report_to, project_dir=args.output_dir)
     accelerator.print(f"num_processes: {accelerator.num_processes}")
     if args.expected_processes not in (None, accelerator.num_processes):
         raise SystemExit(
@@ -103,7 +92,7 @@ def main():
     )
     zoo, held_out = source.train, source.held_out
     accelerator.print(
-        f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.tasks)} tasks ({time.perf_counter() - start:.0f} s)"
+        f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.prompted_tasks)} tasks ({time.perf_counter() - start:.0f} s)"
     )
 
     def loop(steps: int, name: str, ema: float = 0.0) -> LoopConfig:
@@ -123,8 +112,7 @@ def main():
         WeightVAEConfig(
             token_size=source.tokenizer.token_size,
             num_body_tokens=source.tokenizer.num_body_tokens(0),
-            kl_weight=args.kl_weight,
-            **source.vae_settings,
+            **source.vae_settings | ({} if args.kl_weight is None else {"kl_weight": args.kl_weight}),
         )
     )
     source.initialise(vae)
@@ -174,17 +162,17 @@ def main():
         tasks=source.known_tasks,
         encoder={"id": MINILM, "revision": None, "sha256": PACKAGED[MINILM][1]},
         prediction_type=args.prediction_type,
-        far_below=source.far_below,
+        **source.thresholds,
     )
     pipe._encoder = encoder
     pipe.set_progress_bar_config(disable=True)
-    generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.tasks]
+    generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.prompted_tasks]
     noise = calibrate_noise(vae, zoo, generated, source.runs)
     report = {
         "gate": gate,
         "gate_skipped": skipped,
         "noise_share": noise,
-        "tasks": source.report(pipe, args.seed),
+        "tasks": figures(pipe, source, args.seed),
         "seconds": time.perf_counter() - start,
     }
     folder = args.output_dir / "pipeline"
@@ -197,13 +185,39 @@ def main():
         "generator",
         base_model=source.target.get("base_model"),
         prompt="sentiment on SST-2" if args.zoo else "which digit is it",
-        generator="bundled" if args.zoo else str(folder),
-        command="accelerate launch examples/train_d2nwg.py" + (f" --zoo {args.zoo}" if args.zoo else ""),
+        generator="PATH_OR_ID",
+        command="accelerate launch"
+        + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
+        + " examples/train_d2nwg.py"
+        + (f" --zoo {args.zoo}" if args.zoo else ""),
         notes=notes,
         facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed},
     )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
+
+
+def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
+    """Per task: accuracies in points of the zoo, of its average and Gaussian, and of generated weights."""
+    result, count = {}, source.samples
+    generator = torch.Generator().manual_seed(seed)
+    labels = {task["name"]: list(task["labels"]) for task in source.known_tasks}
+    for task in source.train.prompted_tasks:
+        members, prompts = source.members(task), source.train.prompt_embeds[source.train.tasks.index(task)]
+        prompts = prompts[torch.arange(count) % len(prompts)]
+        rows = {
+            "zoo": members,
+            "average": [average(members)],
+            "gaussian": gaussian(members, count, generator),
+            "generated": pipe(prompt_embeds=prompts, labels=labels[task], generator=generator).weights,
+        }
+        known = source.zoo_scores.get(task)  # measured when the zoo was built
+        result[task] = {
+            name: round(100 * (known if name == "zoo" and known else source.score(weights, task).mean().item()), 2)
+            for name, weights in rows.items()
+        }
+        result[task]["counted"] = source.counts(task)
+    return result
 
 
 @torch.no_grad()

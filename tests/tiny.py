@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
-from hf_weightgen.targets.base_models import MINILM
+from hf_weightgen.targets.base_models import MINILM, pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import ZooTensors
 from hf_weightgen.weights.tokenization import WeightTokenizer
@@ -74,7 +74,12 @@ def pipeline(encoder, prediction_type: str = "v_prediction") -> D2NWGPipeline:
         weight_tokenizer=tokenizer,
         target={"kind": "adapter", "base_model": MINILM, "lora": LORA},
         tasks=[
-            {"name": name, "family": family, "labels": labels, "prompt_embedding": centres[name].tolist()}
+            {
+                "name": name,
+                "family": family,
+                "labels": labels,
+                "prompt_embeddings": pack_embeddings(centres[name][None]),
+            }
             for name, (family, labels, _) in KNOWN.items()
         ],
         encoder={"id": MINILM, "revision": None, "sha256": None},

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,7 @@ zoo_app = typer.Typer(no_args_is_help=True, help="Build model zoos.")
 app.add_typer(zoo_app, name="zoo")
 
 Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same weights.")]
-DataRoot = Annotated[
-    Optional[Path], typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")
-]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")]
 Format = Annotated[str, typer.Option("--format", help="'text' or 'json'.")]
 Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, or 'bundled'.")]
 
@@ -28,18 +26,18 @@ Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, o
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the classifier shall do, e.g. 'sentiment on SST-2'.")],
-    try_: Annotated[Optional[list[str]], typer.Option("--try", help="Text to classify; may be repeated.")] = None,
-    try_pair: Annotated[Optional[tuple[str, str]], typer.Option(help="Two texts to classify, for pair tasks.")] = None,
-    labels: Annotated[Optional[str], typer.Option(help="Class names, separated by commas.")] = None,
+    try_: Annotated[list[str] | None, typer.Option("--try", help="Text to classify; may be repeated.")] = None,
+    try_pair: Annotated[tuple[str, str] | None, typer.Option(help="Two texts to classify, for pair tasks.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Class names, separated by commas.")] = None,
     num_samples: Annotated[int, typer.Option(help="Adapters to generate.")] = 1,
     seed: Seed = 0,
     generator: Generator = "bundled",
-    num_inference_steps: Annotated[Optional[int], typer.Option(help="Steps of the scheduler.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps of the scheduler.")] = None,
     guidance_scale: Annotated[
-        Optional[float], typer.Option(help="How strongly the prompt is followed; 1 as in training.")
+        float | None, typer.Option(help="How strongly the prompt is followed; 1 as in training.")
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")
+        Path | None, typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")
     ] = None,
     format_: Format = "text",
 ):
@@ -117,15 +115,15 @@ def evaluate(
     task: Annotated[str, typer.Argument(help="A known task, or a JSON file with a task of your own.")],
     generator: Generator = "bundled",
     zoo: Annotated[
-        Optional[str], typer.Option(help="Folder or Hub id of the zoo; recomputes the rows that are otherwise stored.")
+        str | None, typer.Option(help="Folder or Hub id of the zoo; recomputes the rows that are otherwise stored.")
     ] = None,
     data_root: DataRoot = None,
     n: Annotated[int, typer.Option(help="Adapters per row, and the n of best-of-n.")] = 10,
     seed: Seed = 0,
     cache: Annotated[
-        Optional[Path], typer.Option(help="Folder that keeps predictions, so that an interrupted table resumes.")
+        Path | None, typer.Option(help="Folder that keeps predictions, so that an interrupted table resumes.")
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="File for the rows as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the rows as JSON.")] = None,
     format_: Format = "text",
 ):
     """Print the honest table: generated weights beside everything that they must beat."""
@@ -151,24 +149,19 @@ def evaluate(
 def zoo_build(
     folder: Annotated[Path, typer.Argument(help="Where the shards are written; calling it again continues.")],
     tasks: Annotated[
-        Optional[str], typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")
+        str | None, typer.Option(help="Task names, separated by commas. Default: all bundled tasks but clinc150.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Members per task; the last seed is held out.")] = 6,
     passes: Annotated[int, typer.Option(help="Sentences that one member reads in training.")] = 4000,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
     data_root: DataRoot = None,
 ):
     """Train a zoo of LoRA adapters for all-MiniLM-L6-v2."""
-    from .targets.tasks import TASKS, get_task
-    from .zoo.build import ZooConfig, build_zoo
+    from .targets.tasks import get_task
+    from .zoo.build import ZooConfig, build_zoo, default_tasks
 
-    wide = [TASKS["clinc150"]]  # many class names: only the shared base adapter reads it
-    specs = (
-        [get_task(name.strip()) for name in tasks.split(",")]
-        if tasks
-        else [t for t in TASKS.values() if t not in wide]
-    )
-    config = ZooConfig(seeds=seeds, passes=passes)
-    built = build_zoo(specs, folder, config, data_root, base_only=[] if tasks else wide)
+    specs, base_only = ([get_task(name.strip()) for name in tasks.split(",")], []) if tasks else default_tasks()
+    built = build_zoo(specs, folder, ZooConfig(seeds=seeds, passes=passes, bf16=bf16), data_root, base_only)
     print(f"{len(built.finished())} rows in {folder}")
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+SECTION = "\n## "
 
 
 def write_card(
@@ -25,7 +26,6 @@ def write_card(
     generator: str | None = None,
     datasets: Sequence[str] = (),
     command: str | None = None,
-    table: str | None = None,
     notes: Sequence[str] = (),
     facts: Mapping[str, object] | None = None,
 ) -> Path:
@@ -34,7 +34,7 @@ def write_card(
 
     Args:
         kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network) or `"generator"` (a pipeline).
-        table: The honest table as text; facts: further lines of the details; notes: paragraphs under "Limits".
+        facts: further lines of the details; notes: paragraphs under "Limits".
     """
     library = {"adapter": "peft", "network": "transformers", "generator": "hf_weightgen"}[kind]
     data = ModelCardData(
@@ -61,7 +61,6 @@ def write_card(
         task=task,
         generator=generator,
         command=command,
-        table=table,
         notes=list(notes),
         facts=dict(facts or {}),
         version=installed,
@@ -69,3 +68,21 @@ def write_card(
     path = Path(folder) / "README.md"
     path.write_text(str(card), encoding="utf-8")
     return path
+
+
+def add_figures(folder: str | Path, title: str, command: str, table: str) -> None:
+    """
+    Puts a section with a table, and the command that makes it, into the card of a generator, before its limits. A section
+    of the same title is replaced.
+
+    Raises:
+        ValueError: If the folder's `README.md` is no card of [`write_card`].
+    """
+    path = Path(folder) / "README.md"
+    sections = path.read_text(encoding="utf-8").split(SECTION)
+    limits = [i for i, section in enumerate(sections) if section.startswith("Limits\n")]
+    if not limits:
+        raise ValueError(f"{str(path)!r} has no section 'Limits': it is no card of this library.")
+    sections.insert(limits[0], f"{title}\n\n```bash\n{command}\n```\n\n{table}\n")
+    kept = [s for i, s in enumerate(sections) if i == limits[0] or not s.startswith(f"{title}\n")]
+    path.write_text(SECTION.join(kept), encoding="utf-8")

@@ -92,6 +92,7 @@ def table(generator=generate, of=None, **changes) -> dict[str, dict]:
     arguments = {
         "members": MEMBERS,
         "held_out": HELD_OUT,
+        "start": adapter(["bad", "good"], 5, 0.5),
         "member_seeds": SEEDS,
         "encoder": ENCODER,
         "known_tasks": KNOWN,
@@ -225,9 +226,17 @@ def test_best_is_selected_on_validation_and_never_on_test():
 
 
 def test_rows_that_cannot_be_computed_say_so_or_come_from_the_store(full):
-    bare = {"members": (), "held_out": (), "member_seeds": None, "reconstruct": None, "encoder": None}
+    bare = {"members": (), "held_out": (), "start": None, "member_seeds": None, "reconstruct": None, "encoder": None}
     made = table(**bare)
-    for method in ("zoo", "lookup", "zoo_average", "noise_at_distance", "reconstruction", "cosine_label_names"):
+    for method in (
+        "zoo",
+        "zoo_start",
+        "lookup",
+        "zoo_average",
+        "noise_at_distance",
+        "reconstruction",
+        "cosine_label_names",
+    ):
         assert made[method]["mean"] is None and made[method]["n"] == 0 and made[method]["note"]
     assert made["generated"]["mean"] == full["generated"]["mean"] and "difference" not in made["generated"]
     assert made["generated"]["novelty_l2"] is None
@@ -247,6 +256,7 @@ def test_the_look_up_of_an_unseen_task_borrows_head_rows():
     arguments = {"members": (), "held_out": (), "member_seeds": None, "known_tasks": KNOWN[1:]}
     made = table(**arguments, lookup_members={"topics": topics})
     assert made["lookup"]["n"] == 8 and made["lookup"]["found"] == ["topics"]
+    assert made["zoo_average"]["n"] == 1 and made["zoo_average"]["found"] == ["topics"]
     assert "topics" in table(**arguments)["lookup"]["note"]
 
 

@@ -1,5 +1,7 @@
 """A call: what it draws, what it returns, and what it refuses before it has done any work."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import (
@@ -14,6 +16,7 @@ from diffusers import (
 )
 
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
+from hf_weightgen.targets.base_models import pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from tiny import KNOWN, STEPS, adapter, pipeline, random, randomised
 
@@ -65,6 +68,8 @@ def test_a_list_of_prompts_gives_what_its_prompts_give(pipe):
     assert [weights[WEIGHT].shape for weights in both.weights] == [(2, 384), (2, 384), (4, 384), (4, 384)]
     assert_same(pipe(SST2, num_samples=2, generator=random(7)).weights, both.weights[:2])
     assert_same(pipe([SST2, NEWS, SPAM], num_samples=2, generator=random(7)).weights[:4], both.weights)
+    fewer = pipe([SST2, NEWS], num_samples=1, generator=random(7))
+    assert_same(fewer.weights, [both.weights[0], both.weights[2]])
     turned = pipe([NEWS, SST2], num_samples=2, generator=random(7))
     assert turned.seeds == both.seeds and turned.labels[0] == both.labels[2]
 
@@ -244,6 +249,19 @@ def test_class_names_that_do_not_fit_the_prompt_warn_and_tell_nothing(pipe):
         pipe(FAR, labels=["low", "high"])
     messages = [str(warning.message) for warning in caught if warning.category is MismatchWarning]
     assert len(messages) == 1 and "far from every task" in messages[0]
+    pipe.register_to_config(known_above=1.1)  # nor what is near, but not surely known
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MismatchWarning)
+        assert pipe(SST2, labels=["apple", "pear"]).weights[0][WEIGHT].any()
+
+
+def test_the_nearest_of_several_centres_counts(pipe, encoder):
+    tasks = [dict(task) for task in pipe.config.tasks]
+    tasks[-1]["prompt_embeddings"] = pack_embeddings(encoder.embed([NEWS, FAR]))
+    pipe.register_to_config(tasks=tasks)
+    nearest = pipe.nearest_tasks(encoder.embed([FAR, SST2]))
+    assert nearest[0][0][0]["name"] == tasks[-1]["name"] and nearest[0][0][1] == pytest.approx(1, abs=1e-3)
+    assert nearest[1][0][0]["name"] == "sst2"
 
 
 BAD = [

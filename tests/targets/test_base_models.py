@@ -20,7 +20,9 @@ from hf_weightgen.targets.base_models import (
     load_classifier,
     load_encoder,
     load_tokenizer,
+    pack_embeddings,
     resolve_base,
+    unpack_embeddings,
     weights_sha256,
 )
 
@@ -238,3 +240,13 @@ def test_an_unreachable_hub_is_given_up(answers, tmp_path):
         )
     assert "'acme/nothing' was not found" in process.stdout
     assert f"the Hub ({endpoint}) did not give it" in process.stdout
+
+
+def test_embeddings_survive_as_text():
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    text = pack_embeddings(embeddings)
+    assert len(text) == 64 and text.isascii()
+    torch.testing.assert_close(unpack_embeddings(text, 8), embeddings, atol=1e-3, rtol=0)
+    for wrong, size in ((text[:-4], 8), ("", 8), ("no base64!", 8), (text, 7)):
+        with pytest.raises(ValueError):
+            unpack_embeddings(wrong, size)

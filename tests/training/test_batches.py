@@ -18,13 +18,13 @@ def draws(seed: int = 0, step: int = 0, rows: slice = slice(None)) -> StepRandom
 
 def all_of(random: StepRandom, rows: ZooTensors) -> list[torch.Tensor]:
     """One tensor per kind of draw, its first axis the local batch."""
-    tasks = rows.task_of[rows.rows_of_tasks_evenly(random)]
+    tasks = rows.task_of[rows.draw_rows(random)]
     return [
         random.normal(3, 2),
         random.uniform(),
         random.uniform(5),
         random.integers(1000),
-        rows.rows_of_tasks_evenly(random),
+        rows.draw_rows(random),
         rows.names(tasks, random),
         rows.prompts(tasks, random),
         rows.other_tasks(tasks, random),
@@ -62,7 +62,7 @@ def test_tasks_come_evenly_although_their_rows_do_not():
     keep = torch.cat([torch.arange(2), torch.arange(10, 30)])  # 2, 10 and 10 rows
     parts = {name: getattr(many, name)[keep] for name in ("weight_tokens", "padding_mask", "task_of")}
     uneven = ZooTensors(**{**vars(many), **parts})
-    rows = torch.cat([uneven.rows_of_tasks_evenly(draws(step=step)) for step in range(100)])
+    rows = torch.cat([uneven.draw_rows(draws(step=step)) for step in range(100)])
     assert (uneven.task_of[rows].bincount() / len(rows)).sub(1 / 3).abs().max() < 0.05
     assert len(rows.unique()) == 22
 

@@ -1,5 +1,7 @@
 """The losses: what they are means of, which noise and which target they use, and that training lowers them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,7 +101,7 @@ def test_the_function_loss_sees_all_classes_in_their_order(tiny_zoo):
         loss = vae_loss(model, tiny_zoo, draws(), function_loss, weight=2.0)
         plain = vae_loss(model, tiny_zoo, draws(), lambda *_: torch.tensor(0.0))
         random = draws()
-        rows = tiny_zoo.rows_of_tasks_evenly(random)
+        rows = tiny_zoo.draw_rows(random)
         names = tiny_zoo.names(tiny_zoo.task_of[rows], random)
         expected = model.decode(torch.zeros(TOTAL, 4), names)
     torch.testing.assert_close(loss, plain + 14.0)
@@ -145,6 +147,35 @@ def test_a_tenth_of_the_prompts_is_dropped(tiny_zoo, latents):
     dropped = ~prompts.any(1)
     assert 0.06 < dropped.double().mean() < 0.14
     torch.testing.assert_close(prompts[~dropped].norm(dim=1), torch.ones(int((~dropped).sum())))
+
+
+def test_without_a_prompt_the_shared_start_is_learned(tiny_zoo, latents, monkeypatch):
+    tiny_zoo = replace(tiny_zoo, start=len(tiny_zoo) - 1)
+    means, log_stds = latents
+    means[:-1] = torch.nan  # whoever reads another latent is found out
+    for share, finite in ((1.0, True), (0.0, False)):
+        monkeypatch.setattr(objectives, "PROMPT_DROPOUT", share)
+        loss = diffusion_loss(denoiser(), scheduler("epsilon"), means, log_stds, tiny_zoo, draws())
+        assert bool(loss.isfinite()) == finite
+
+
+def test_an_adapter_says_nothing_of_foreign_class_names(tiny_zoo):
+    """Gradient descent on the loss shrinks what an adapter adds to names that are not its own, and to no others."""
+    model = vae(tiny_zoo)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(150):
+        loss = vae_loss(model, tiny_zoo, draws(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        rows = torch.nonzero(tiny_zoo.task_of == 0).flatten()[:1]
+        own = tiny_zoo.class_embeds[0][:1, :2]
+        mean, _ = model.encode(tiny_zoo.weight_tokens[rows], tiny_zoo.class_embeds[0][:1], tiny_zoo.class_mask[:1])
+        hidden = model.from_latent(mean)
+        foreign = tiny_zoo.class_embeds[1][:1]
+        sizes = [model._specific_rows(hidden, names).square().mean() for names in (own, foreign)]
+    assert sizes[1] < 0.5 * sizes[0]
 
 
 def test_an_unknown_prediction_type_is_refused():

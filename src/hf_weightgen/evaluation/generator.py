@@ -15,9 +15,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..targets.base_models import load_classifier, load_tokenizer
-from ..targets.functional import BIAS, WEIGHT, AdapterTarget
+from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget
 from ..targets.tasks import TASKS, TaskSpec
 from ..weights.lora import canonicalize, center_head
+from ..zoo.build import head_of_names
 from ..zoo.schema import load_zoo, zoo_state_dicts
 from ..zoo.tasks import TaskData, load_tasks
 from .accuracy import PredictionCache
@@ -25,12 +26,14 @@ from .table import honest_table
 
 
 MISMATCHED = 5  # prompts of other families
+EVALUATION = "evaluation.json"  # rows of the honest table beside a generator
 
 
 class Predictor:
     """Classes that adapters give to a dataset: `(state dicts, dataset) -> (N, rows)`. The dataset is encoded once."""
 
-    def __init__(self, target: Mapping):
+    def __init__(self, target: Mapping, bf16: bool = False):
+        self.bf16 = bf16
         self.target = AdapterTarget(load_classifier(target["base_model"], num_labels=2), LoraConfig(**target["lora"]))
         self.tokenizer = load_tokenizer(target["base_model"])
         self._buckets: dict[str, list] = {}
@@ -38,8 +41,8 @@ class Predictor:
     def __call__(self, state_dicts: Sequence[Mapping[str, Tensor]], dataset: Dataset) -> Tensor:
         key = dataset._fingerprint
         if key not in self._buckets:
-            self._buckets[key] = self.target.buckets(self.tokenizer, dataset)
-        return self.target.predict(list(state_dicts), self._buckets[key])
+            self._buckets[key] = self.target.buckets(self.tokenizer, dataset, bucket_size=SMALL_BUCKET)
+        return self.target.predict(list(state_dicts), self._buckets[key], bf16=self.bf16)
 
 
 def evaluate_generator(
@@ -51,6 +54,7 @@ def evaluate_generator(
     seed: int = 0,
     cache: str | Path | None = None,
     data: TaskData | None = None,
+    bf16: bool = False,
     on_row: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """
@@ -63,6 +67,8 @@ def evaluate_generator(
         zoo: Folder or Hub id of the zoo; without it the rows that need members are the ones stored beside the generator.
         data: The task's splits if they are loaded already. Default: loaded together with all known tasks, so that
             texts that stand in another task's test split are kept out.
+        bf16: Predict under bfloat16 autocast, which is twice as fast where the processor has it, and changes about
+            0.2 % of the predictions, alike in all rows.
 
     Raises:
         ValueError: If the generator makes no adapters.
@@ -73,7 +79,11 @@ def evaluate_generator(
         data or load_tasks([*(task for task in TASKS.values() if task.name != spec.name), spec], data_root)[spec.name]
     )
     known = {task["name"]: task for task in pipe.config.tasks}
-    members, held_out, seeds, reference = zoo_members(zoo) if zoo is not None else ({}, {}, {}, None)
+    members, held_out, seeds, base = zoo_members(zoo) if zoo is not None else ({}, {}, {}, None)
+    reference, start = None, None
+    if base is not None:
+        reference = {name: tensor for name, tensor in base.items() if "lora_" in name}
+        start = reference | head_of_names(base, pipe.encoder.embed(list(spec.labels)))
     others = [task for task in TASKS.values() if task.name in known and task.family != spec.family]
     chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:MISMATCHED].tolist()
 
@@ -86,7 +96,7 @@ def evaluate_generator(
         return reconstruct_members(pipe, state_dicts, spec.labels, reference)
 
     return honest_table(
-        generate, Predictor(pipe.config.target), data, members.get(spec.name, ()), held_out.get(spec.name, ()),
+        generate, Predictor(pipe.config.target, bf16), data, members.get(spec.name, ()), held_out.get(spec.name, ()), start,
         reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, seed=seed,
         known_tasks=[{**task, "prompts": TASKS[name].prompts} for name, task in known.items() if name in TASKS],
         lookup_members=members, member_seeds=seeds.get(spec.name), mismatched_prompts=[others[i].prompts[0] for i in chosen],
@@ -95,13 +105,13 @@ def evaluate_generator(
 
 
 def zoo_members(zoo: str | Path) -> tuple[dict, dict, dict, dict[str, Tensor]]:
-    """Per task the training members, the held-out ones and the seeds of the former; and the base adapter's LoRA tensors."""
+    """Per task the training members, the held-out ones and the seeds of the former; and the base row."""
     dataset = load_zoo(zoo)
     members, held_out, seeds, base = defaultdict(list), defaultdict(list), defaultdict(list), None
     columns = zip(dataset["split"], dataset["task"], dataset["seed"], zoo_state_dicts(dataset), strict=True)
     for split, task, run, state_dict in columns:
         if split == "base":
-            base = {name: tensor for name, tensor in state_dict.items() if "lora_" in name}
+            base = state_dict
         elif split == "held_out":
             held_out[task].append(state_dict)
         else:
@@ -130,5 +140,5 @@ def reconstruct_members(
 
 def stored_rows(pipe) -> list[dict]:
     """Rows of the honest table that stand beside a local or bundled generator, in `evaluation.json`."""
-    file = pipe.folder / "evaluation.json" if pipe.folder is not None else None
+    file = pipe.folder / EVALUATION if pipe.folder is not None else None
     return json.loads(file.read_text())["rows"] if file is not None and file.is_file() else []

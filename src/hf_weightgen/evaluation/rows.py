@@ -19,6 +19,7 @@ from .novelty import fix_gauge, flatten, nearest, pairwise_spread, within_neares
 
 
 StateDict = Mapping[str, Tensor]
+SELECTED = ("zoo", "lookup", "generated")  # the rows of which a best network is selected on validation
 
 
 class Unavailable(Exception):
@@ -97,7 +98,7 @@ class TaskRows:
     def row(self, method, state_dicts, *, metric=None, pool=None, control=False, groups=None) -> dict:
         """
         The row of some networks. `pool` are the indices among which the best on validation is looked for (default:
-        the first n). A `control` is meant to fail: nothing is selected from it and it has no novelty.
+        the first n), for the methods of `SELECTED`. A `control` is meant to fail: it has no novelty.
         """
         for i, state_dict in enumerate(state_dicts):
             for name, tensor in state_dict.items():
@@ -108,7 +109,7 @@ class TaskRows:
         if control:
             return row
         pool = list(range(len(state_dicts)))[: self.n] if pool is None else pool
-        if len(pool) > 1:
+        if len(pool) > 1 and method in SELECTED:
             validation = self.predict([state_dicts[i] for i in pool], self.validation)
             chosen = pool[int(score(validation, self.validation_labels, self.spec.metric).argmax())]
             row["best"] = float(score(predictions[chosen : chosen + 1], self.labels, self.spec.metric)[0])

@@ -25,6 +25,7 @@ from ..targets.functional import WEIGHT
 from ..zoo.tasks import TEST_LIMIT, VALIDATION_LIMIT, TaskData
 from . import baselines
 from .accuracy import PredictionCache, cosine_to_label_names, counts, majority, score
+from .novelty import fix_gauge
 from .rows import StateDict, TaskRows, Unavailable
 
 
@@ -33,6 +34,7 @@ METHODS = (
     "majority",
     "zoo",
     "zoo_held_out",
+    "zoo_start",
     "lookup",
     "zoo_average",
     "gaussian",
@@ -56,6 +58,7 @@ def honest_table(
     data: TaskData,
     members: Sequence[StateDict] = (),
     held_out: Sequence[StateDict] = (),
+    start: StateDict | None = None,
     *,
     reconstruct: Callable[[Sequence[StateDict]], Sequence[StateDict]] | None = None,
     encoder=None,
@@ -85,6 +88,8 @@ def honest_table(
             Test rows report, validation rows select, train rows give the majority class.
         members, held_out (sequences of state dicts):
             The zoo's members of this task that the generator was trained on, and those of the held-out run.
+        start (state dict, *optional*):
+            What all members were trained from, with a head for this task: what the zoo knows without training for it.
         reconstruct (`Callable`, *optional*):
             Encodes and decodes state dicts; applied to `held_out`, or to `members` where there are none.
         encoder (*optional*):
@@ -171,9 +176,11 @@ def honest_table(
     add("majority", lambda: _majority(task))
     add("zoo", lambda: _zoo(task, rows["majority"]))
     add("zoo_held_out", lambda: _held_out(task, held_out))
-    add("lookup", lambda: _lookup(task, encoder, prompts, known_tasks, lookup_members or {spec.name: members}))
+    add("zoo_start", lambda: _start(task, start))
+    looked_up = lookup_members or {spec.name: members}
+    add("lookup", lambda: _lookup(task, encoder, prompts, known_tasks, looked_up))
+    add("zoo_average", lambda: _average(task, encoder, prompts, known_tasks, looked_up))
     for method, make in {
-        "zoo_average": lambda g: [baselines.average(task.aligned)],
         "gaussian": lambda g: baselines.gaussian(task.aligned, n, g),
         "noise_0.05": lambda g: baselines.noisy(task.aligned, 0.05, n, g),
         "noise_0.15": lambda g: baselines.noisy(task.aligned, 0.15, n, g),
@@ -209,14 +216,40 @@ def _held_out(task: TaskRows, held_out: Sequence[StateDict]) -> dict:
     return task.row("zoo_held_out", held_out)
 
 
-def _lookup(task: TaskRows, encoder, prompts, known_tasks, lookup_members) -> dict:
+def _start(task: TaskRows, start: StateDict | None) -> dict:
+    if start is None:
+        raise Unavailable("the shared start of the zoo was not given")
+    return task.row("zoo_start", [start])
+
+
+def _nearest_known(encoder, prompts, known_tasks, lookup_members) -> list[Mapping]:
     if encoder is None or not known_tasks:
         raise Unavailable("a look-up needs `encoder`, `known_tasks` and `lookup_members`")
     found = baselines.nearest_tasks(encoder, prompts, known_tasks)
-    made, generator = [], task.generator("lookup")
-    for known, count in zip(found, _spread(task.n, len(prompts)), strict=True):
+    for known in found:
         if not lookup_members.get(known["name"]):
             raise Unavailable(f"`lookup_members` has none of {known['name']!r}, the task of the nearest known prompt")
+    return found
+
+
+def _average(task: TaskRows, encoder, prompts, known_tasks, lookup_members) -> dict:
+    """Of the task's members; of an unseen task, of the members of each task that its prompts look up."""
+    if task.members:
+        return task.row("zoo_average", [baselines.average(task.aligned)])
+    made, names = [], []
+    for known in _nearest_known(encoder, prompts, known_tasks, lookup_members):
+        if known["name"] not in names:
+            names.append(known["name"])
+            members = [fix_gauge(member, task.reference) for member in lookup_members[known["name"]]]
+            average = baselines.average(members)
+            made.append(baselines.transfer_head(average, known["labels"], task.spec.labels, encoder))
+    return task.row("zoo_average", made) | {"found": names}
+
+
+def _lookup(task: TaskRows, encoder, prompts, known_tasks, lookup_members) -> dict:
+    found = _nearest_known(encoder, prompts, known_tasks, lookup_members)
+    made, generator = [], task.generator("lookup")
+    for known, count in zip(found, _spread(task.n, len(prompts)), strict=True):
         for member in baselines.choose(lookup_members[known["name"]], count, generator):
             made.append(baselines.transfer_head(member, known["labels"], task.spec.labels, encoder))
     return task.row("lookup", made) | {"found": list(dict.fromkeys(known["name"] for known in found))}

@@ -25,6 +25,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 
+FOREIGN_NAMES = 4  # per checkpoint and step
+ALIKE = 0.6  # cosine from which a class name counts as one of the adapter's own
+
+
 @strict
 class WeightVAEConfig(PreTrainedConfig):
     r"""
@@ -37,6 +41,7 @@ class WeightVAEConfig(PreTrainedConfig):
         hidden_size: Width of the trunk.
         match_size: Width in which prompts and class names are compared.
         kl_weight: Beta of eq. 1, per latent dimension and token scalar.
+        foreign_weight: Weight of the loss on class names that are not the adapter's own.
         noise_scale: Multiplies the calibrated observation noise when weights are generated; 1 reproduces the zoo's spread.
         match_threshold: Prompt and class names whose compatibility is lower get class tokens without information.
     """
@@ -51,8 +56,9 @@ class WeightVAEConfig(PreTrainedConfig):
     hidden_size: int = 256
     match_size: int = 64
     kl_weight: float = 1e-4
+    foreign_weight: float = 0.2
     noise_scale: float = 1.0
-    match_threshold: float = 0.5
+    match_threshold: float = 0.1
 
 
 @dataclass
@@ -63,6 +69,7 @@ class WeightVAEOutput(ModelOutput):
         reconstruction_loss: Mean squared error of body tokens plus that of class tokens.
         kl_loss: KL divergence to the unit Gaussian, per latent dimension.
         match_loss: Binary cross-entropy of the compatibility of prompts with class names.
+        foreign_loss: Mean square of what the adapter adds to the rows of class names that are not its own.
         weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): The reconstruction.
     """
 
@@ -70,6 +77,7 @@ class WeightVAEOutput(ModelOutput):
     reconstruction_loss: Tensor | None = None
     kl_loss: Tensor | None = None
     match_loss: Tensor | None = None
+    foreign_loss: Tensor | None = None
     weight_tokens: Tensor | None = None
 
 
@@ -172,9 +180,13 @@ class WeightVAE(PreTrainedModel):
         hidden = self.from_latent(latents)
         narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
         body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
-        scale, shift = self.name_state(hidden)[:, None].chunk(2, -1)
-        rows = self.name_projection(class_embeds) + self.name_out(self.name_in(class_embeds) * (1 + scale) + shift)
+        rows = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds)
         return torch.cat([body, rows], 1)
+
+    def _specific_rows(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:
+        """What an adapter adds to the rows that class names have in all adapters: `(B, C, S)`."""
+        scale, shift = self.name_state(hidden)[:, None].chunk(2, -1)
+        return self.name_out(self.name_in(class_embeds) * (1 + scale) + shift)
 
     def match(self, prompt_embeds: Tensor, class_embeds: Tensor, class_mask: Tensor) -> Tensor:
         """Logit that the class names `(B, C, E)` belong to a task that the prompt `(B, E)` asks for: `(B,)`."""
@@ -223,10 +235,12 @@ class WeightVAE(PreTrainedModel):
             padding_mask (`torch.BoolTensor` of shape `(B, T + C, S)`): `True` on scalars that count.
             noise (`torch.FloatTensor` of shape `(B, Z)`): Unit Gaussian of the reparametrisation.
             prompt_embeds (`torch.FloatTensor` of shape `(B, E)`, *optional*): A prompt of each checkpoint's task.
-            other_embeds, other_mask (*optional*): Class names of another family per checkpoint, as `class_embeds`.
+            other_embeds, other_mask (*optional*): Class names of another family per checkpoint, as `class_embeds`. With
+                them the decoder learns that an adapter knows of foreign names no more than the names say themselves.
         """
         mean, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
-        reconstruction = self.decode(mean + (0.5 * log_variance).exp() * noise, class_embeds)
+        latents = mean + (0.5 * log_variance).exp() * noise
+        reconstruction = self.decode(latents, class_embeds)
         T, mask = self.config.num_body_tokens, padding_mask.to(weight_tokens.dtype)
         error = reconstruction - weight_tokens
         error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
@@ -236,10 +250,15 @@ class WeightVAE(PreTrainedModel):
             for part in (slice(T), slice(T, None))
         )
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss, match_loss = body + rows + self.config.kl_weight * kl, None
+        loss, match_loss, foreign_loss = body + rows + self.config.kl_weight * kl, None, None
         if prompt_embeds is not None:
             fits = self.match(prompt_embeds, class_embeds, class_mask)
             foreign = self.match(prompt_embeds, other_embeds, other_mask)
             match_loss = F.softplus(-fits).mean() + F.softplus(foreign).mean()
-            loss = loss + 0.1 * match_loss
-        return WeightVAEOutput(loss, body + rows, kl, match_loss, reconstruction)
+            few = other_embeds[:, :FOREIGN_NAMES]
+            alike = (few @ class_embeds.mT).amax(-1)  # tasks of different families may share names
+            real = other_mask[:, :FOREIGN_NAMES] & (alike < ALIKE)
+            specific = self._specific_rows(self.from_latent(latents), few).square().mean(-1)
+            foreign_loss = ((specific * real).sum(1) / real.sum(1).clamp(min=1)).mean()
+            loss = loss + 0.1 * match_loss + self.config.foreign_weight * foreign_loss
+        return WeightVAEOutput(loss, body + rows, kl, match_loss, foreign_loss, reconstruction)

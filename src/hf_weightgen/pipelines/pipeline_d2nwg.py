@@ -29,10 +29,13 @@ class D2NWGPipeline(WeightGenPipeline):
         scheduler (`SchedulerMixin`): Any scheduler of diffusers with the prediction type that `unet` was trained for.
         weight_tokenizer ([`WeightTokenizer`]): State dicts <-> weight tokens.
         target (`dict`): See [`WeightGenOutput`].
-        tasks (`list[dict]`): Known tasks: `name`, `family`, `labels`, `prompt_embedding` (mean over training prompts).
+        tasks (`list[dict]`): Known tasks: `name`, `family`, `labels`, `prompt_embeddings` (centres of its
+            training prompts, see [`~targets.base_models.pack_embeddings`]).
         encoder (`dict`): `id`, `revision` and `sha256` of the frozen text encoder.
         prediction_type (`str`): What `unet` predicts.
         far_below (`float`): Prompts whose cosine to the nearest known task is lower are reported as far.
+        known_above (`float`): Only of prompts whose cosine is at least this the pipeline judges whether the class names fit:
+            of a task that it does not know it cannot tell.
         num_inference_steps, guidance_scale: Defaults of a call.
     """
 
@@ -50,6 +53,7 @@ class D2NWGPipeline(WeightGenPipeline):
         encoder: dict | None = None,
         prediction_type: str = "v_prediction",
         far_below: float = 0.4,
+        known_above: float = 0.55,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
         text_encoder=None,
@@ -70,6 +74,7 @@ class D2NWGPipeline(WeightGenPipeline):
             encoder=encoder,
             prediction_type=prediction_type,
             far_below=far_below,
+            known_above=known_above,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
@@ -96,7 +101,8 @@ class D2NWGPipeline(WeightGenPipeline):
             num_samples: Weight sets per prompt.
             num_inference_steps: Steps of the scheduler.
             guidance_scale: 1 follows the prompt as in training, larger values exaggerate it, 0 ignores it.
-            generator: Source of randomness. Each sample has its own noise: the first k of n samples are the same for any n.
+            generator: Source of randomness. Each sample has its own noise: the first k of n samples of a
+                prompt are the same for any n.
             prompt_embeds (`torch.FloatTensor` of shape `(prompts, E)`): Instead of `prompt`.
             callback_on_step_end: Called as `callback(pipe, i, t, {"latents": ...})` after each step; may return changed latents.
             output_type: `"weights"`, or `"latent"` to stop before decoding.
@@ -134,12 +140,13 @@ class D2NWGPipeline(WeightGenPipeline):
         names = self.check_labels(labels, len(prompts))
         embeds = self.encoder.embed(prompts) if prompt_embeds is None else prompt_embeds.float().cpu()
         nearest = self.nearest_tasks(embeds)
-        far = [self.warn_if_far(text, near) for text, near in zip(prompts, nearest, strict=True)]
+        for text, near in zip(prompts, nearest, strict=True):
+            self.warn_if_far(text, near)
         names = names or [list(near[0][0]["labels"]) for near in nearest]
 
-        # 2. Every sample has a generator of its own, seeded from the caller's
-        total = len(prompts) * num_samples
-        seeds = [torch.randint(2**62, (1,), generator=generator).item() for _ in range(total)]
+        # 2. Every sample has a generator of its own, seeded from its prompt's, which is seeded from the caller's
+        of_prompt = [torch.Generator().manual_seed(_draw_seed(generator)) for _ in prompts]
+        seeds = [_draw_seed(own) for own in of_prompt for _ in range(num_samples)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         # 3. Denoise
@@ -150,7 +157,8 @@ class D2NWGPipeline(WeightGenPipeline):
         if output_type == "weights":
             for i, labels_of in enumerate(names):
                 part = slice(i * num_samples, (i + 1) * num_samples)
-                weights += self._decode(latents[part], prompts[i], embeds[i], labels_of, far[i], generators[part])
+                known = nearest[i][0][1] >= self.config.known_above
+                weights += self._decode(latents[part], prompts[i], embeds[i], labels_of, known, generators[part])
         self.maybe_free_model_hooks()
         output = WeightGenOutput(
             weights=weights,
@@ -191,13 +199,13 @@ class D2NWGPipeline(WeightGenPipeline):
         return latents.float()
 
     def _decode(
-        self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], far: bool, generators: list
+        self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], known: bool, generators: list
     ) -> list[dict]:
         vae = self.vae
         class_embeds = self.encoder.embed(names).to(vae.device)[None]  # (1, C, E)
         mask = torch.ones(1, len(names), dtype=torch.bool, device=vae.device)
         fit = vae.match(embed[None].to(vae.device, vae.dtype), class_embeds.to(vae.dtype), mask).sigmoid().item()
-        matches = far or fit >= vae.config.match_threshold  # the check is only as good as its knowledge of the prompt
+        matches = not known or fit >= vae.config.match_threshold
         if not matches:
             warnings.warn(
                 f"The class names {names[:6]} do not fit the prompt {prompt[:80]!r} (compatibility {fit:.2f}); the classes carry "
@@ -231,3 +239,7 @@ class D2NWGPipeline(WeightGenPipeline):
                 f"this generator predicts {wanted!r}. Load it as `SchedulerClass.from_config(pipe.scheduler.config{need})` from a "
                 "class that knows this prediction type."
             )
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return torch.randint(2**62, (), generator=generator).item()

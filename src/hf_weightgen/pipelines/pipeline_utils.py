@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import components  # noqa: F401  (diffusers finds our classes in this loaded module)
 from ..hub import write_card
 from ..targets.architectures import TargetConfig, TargetModel
-from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_encoder
+from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_encoder, unpack_embeddings
 
 
 PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
@@ -286,16 +286,16 @@ class WeightGenPipeline(DiffusionPipeline):
         return each
 
     def nearest_tasks(self, prompt_embeds: Tensor, count: int = 3) -> list[list[tuple[dict, float]]]:
-        """For each prompt embedding `(N, E)` the known tasks whose prompts are nearest on average, with their cosines."""
+        """For each prompt embedding `(N, E)` the known tasks with the nearest prompts, and their cosines."""
         known = self.config["tasks"]
-        centres = torch.tensor([task["prompt_embedding"] for task in known])  # (tasks, E), unit length
-        cosines = prompt_embeds @ centres.mT
+        size = prompt_embeds.shape[1]
+        centres = [unpack_embeddings(task["prompt_embeddings"], size) for task in known]  # (centres, E), unit length
+        cosines = torch.stack([(prompt_embeds @ own.mT).amax(1) for own in centres], 1)  # (N, tasks)
         return [[(known[j], row[j].item()) for j in row.argsort(descending=True)[:count].tolist()] for row in cosines]
 
-    def warn_if_far(self, prompt: str, nearest: list[tuple[dict, float]]) -> bool:
-        """Warns if a prompt is far from all known tasks; returns whether it is."""
-        far = nearest[0][1] < self.config["far_below"]
-        if far:
+    def warn_if_far(self, prompt: str, nearest: list[tuple[dict, float]]) -> None:
+        """Warns if a prompt is far from all known tasks."""
+        if nearest[0][1] < self.config["far_below"]:
             names = ", ".join(f"{task['name']} ({cosine:.2f})" for task, cosine in nearest)
             warnings.warn(
                 f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
@@ -303,7 +303,6 @@ class WeightGenPipeline(DiffusionPipeline):
                 MismatchWarning,
                 stacklevel=3,
             )
-        return far
 
 
 def _check_folder(folder: Path) -> None:

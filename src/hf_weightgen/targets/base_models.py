@@ -12,6 +12,7 @@ Notation used for shapes:
     - E: hidden size of the encoder, 384 for all-MiniLM-L6-v2
 """
 
+import base64
 import functools
 import hashlib
 import importlib.util
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
@@ -48,6 +50,24 @@ SNAPSHOT = {  # the root folder of a repo only: copies in other formats (ONNX, O
     "allow_patterns": ["config.json", "model*.safetensors*", *TOKENIZERS, "*token*.json", "merges.txt"],
     "ignore_patterns": ["*/*"],
 }
+
+
+def pack_embeddings(embeddings: Tensor) -> str:
+    """Embeddings `(N, E)` as text for a JSON file: base64 of float16, a seventh of the size of printed numbers."""
+    return base64.b64encode(embeddings.half().cpu().numpy().astype("<f2").tobytes()).decode("ascii")
+
+
+def unpack_embeddings(text: str, size: int) -> Tensor:
+    """
+    The embeddings `(N, E)` in float32 that [`pack_embeddings`] wrote, E = `size`.
+
+    Raises:
+        ValueError: If the text is no base64, or holds another number of values than a multiple of `size`.
+    """
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2")
+    if not len(values) or len(values) % size:
+        raise ValueError(f"Expected embeddings of size {size}, got {len(values)} values; save the generator anew.")
+    return torch.from_numpy(values.astype(np.float32)).unflatten(0, (-1, size))
 
 
 class TextEncoder:

@@ -17,6 +17,7 @@ from ..weights.tokenization import WeightTokenizer
 
 
 PROMPT_NOISE = 0.3  # length of the noise on a prompt embedding of length 1
+FEW_CLASSES = 20  # tasks with at most so many classes are drawn equally often
 
 
 @dataclass
@@ -61,6 +62,7 @@ class ZooTensors:
         class_mask: `(tasks, C)`, `True` on real classes.
         prompt_embeds: per task `(P, E)`.
         families: family of each task.
+        start: Row of the shared start of all members, which is what no prompt asks for; the last row and task.
     """
 
     weight_tokens: Tensor
@@ -71,6 +73,7 @@ class ZooTensors:
     class_mask: Tensor
     prompt_embeds: list[Tensor]
     families: list[str]
+    start: int | None = None
 
     @classmethod
     def of(
@@ -109,11 +112,23 @@ class ZooTensors:
     def __len__(self) -> int:
         return len(self.weight_tokens)
 
-    def rows_of_tasks_evenly(self, random: StepRandom) -> Tensor:
-        """Row numbers of a batch: a task at random, then a row of it, so that tasks with many rows do not crowd out others."""
-        task = random.integers(len(self.tasks), purpose=11)
-        place = random.uniform(purpose=12)
+    @property
+    def prompted_tasks(self) -> list[str]:
+        """The tasks that prompts ask for: all but the shared start."""
+        return self.tasks if self.start is None else self.tasks[:-1]
+
+    def draw_rows(self, random: StepRandom) -> Tensor:
+        """
+        Row numbers `(b,)` of a batch: a task at random, then a row of it, so that tasks with many rows do not crowd out
+        others. Tasks with very many classes come more often: they have more to learn.
+        """
+        odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()
+        if self.start is not None:
+            odds[-1] = odds.min()
+        bounds = (odds / odds.sum()).cumsum(0)
+        task = torch.searchsorted(bounds, random.uniform(purpose=11).double()).clamp(max=len(self.tasks) - 1)
         rows = [torch.nonzero(self.task_of == t).flatten() for t in range(len(self.tasks))]
+        place = random.uniform(purpose=12)
         return torch.stack(
             [rows[t][int(u * len(rows[t]))] for t, u in zip(task.tolist(), place.tolist(), strict=True)]
         )

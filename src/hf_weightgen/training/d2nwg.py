@@ -7,8 +7,10 @@ evaluating the reconstructed weights") and 3.4. The gate and the calibration are
 from collections.abc import Mapping, Sequence
 
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from ..models.modeling_denoiser import WeightDenoiser
 from ..models.modeling_weight_vae import WeightVAE
 from .batches import ZooTensors
 
@@ -126,3 +128,24 @@ def calibrate_noise(
         "body": (vae.body_noise.square().mean() / body_zoo.mean()).item(),
         "class": (vae.class_noise.square() / class_zoo).item(),
     }
+
+
+def make_denoiser(kind: str) -> torch.nn.Module:
+    """`"mlp"`: [`WeightDenoiser`]; `"unet"`: a small U-Net of diffusers, which reads the latent as an image (section 3.4)."""
+    if kind == "mlp":
+        return WeightDenoiser()
+    return UNet2DConditionModel(  # no cross-attention: the prompt is added to the time embedding
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D",
+        class_embed_type="projection", projection_class_embeddings_input_dim=384, cross_attention_dim=32,
+    )  # fmt: skip
+
+
+def make_schedulers(prediction_type: str):
+    """The scheduler that training draws noise with, and the few-step one that the pipeline is saved with."""
+    if prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
+    training = DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False
+    )
+    return training, DPMSolverMultistepScheduler.from_config(training.config)

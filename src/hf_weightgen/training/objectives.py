@@ -28,7 +28,7 @@ def vae_loss(
         function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
             the decoded networks are from the originals'. Weight-space error says little about accuracy.
     """
-    rows = zoo.rows_of_tasks_evenly(random)
+    rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
     other = zoo.other_tasks(tasks, random)
     config = getattr(vae, "module", vae).config
@@ -64,16 +64,22 @@ def diffusion_loss(
     """
     Eq. 5 on a batch of posterior samples; `scheduler.config.prediction_type` decides what the denoiser predicts.
 
+    Where the prompt is dropped, the zoo's shared start is what shall be generated (or any row, if there is none).
+    Guidance then moves along the way from the start to the task's weights: 0 is the start, 1 the task's.
+
     Args:
         latents, log_std (`torch.FloatTensor` of shape `(R, channels, height, width)`): Posterior means in unit scale,
             and the logarithms of the posterior stds in the same scale.
     """
-    rows = zoo.rows_of_tasks_evenly(random)
+    rows = zoo.draw_rows(random)
+    prompts = zoo.prompts(zoo.task_of[rows], random)
+    dropped = random.uniform(purpose=6) < PROMPT_DROPOUT
+    prompts = prompts * (~dropped)[:, None]
+    if zoo.start is not None:
+        rows = torch.where(dropped, zoo.start, rows)
     shape = latents.shape[1:]
     clean = latents[rows] + log_std[rows].exp() * random.normal(*shape, purpose=4)
     noise = random.normal(*shape, purpose=5)
-    prompts = zoo.prompts(zoo.task_of[rows], random)
-    prompts = prompts * (random.uniform(purpose=6) >= PROMPT_DROPOUT)[:, None]
     noisy, timesteps, target = noised(scheduler, clean, noise, random.uniform(purpose=7))
     return F.mse_loss(denoiser(noisy, timesteps, encoder_hidden_states=None, class_labels=prompts).sample, target)
 

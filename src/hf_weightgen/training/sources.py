@@ -6,20 +6,26 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import HEAD, mlp_logits
-from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer
-from ..targets.functional import BIAS, WEIGHT, AdapterTarget
+from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
+from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
-from ..zoo.build import LOGIT_SCALE, NAME_PROJECTION, lora_config, lora_settings
+from ..zoo.build import LOGIT_SCALE, NAME_PROJECTION, head_of_names, lora_config, lora_settings
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
 from ..zoo.schema import load_zoo, zoo_state_dicts
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
+
+
+START = "base"  # the zoo's name for the adapter that all members started from
+PROMPT_CENTRES = 4  # per known task
+START_NAMES = "clinc150"  # the task whose many class names stand for all names in the start's head
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Source:
         function_loss: See [`~training.objectives.vae_loss`].
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
+        thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
     """
@@ -43,7 +50,7 @@ class Source:
     runs: list[list[int]]
     target: dict
     known_tasks: list[dict]
-    far_below: float
+    thresholds: dict[str, float]
     score: Callable[[Sequence[Mapping[str, Tensor]], str], Tensor]
     vae_steps: int
     max_train_steps: int
@@ -91,54 +98,37 @@ class Source:
         mean = self.zoo_scores[task]
         return mean - share >= 3 * (mean * (1 - mean) / rows) ** 0.5
 
-    def report(self, pipe, seed: int) -> dict:
-        """Per task: accuracies in points of the zoo, of its average and Gaussian, and of generated weights."""
-        result = {}
-        zoo, generator, count = self.train, torch.Generator().manual_seed(seed), self.samples
-        members_of = self.state_dicts(zoo, zoo.weight_tokens)
-        for index, task in enumerate(zoo.tasks):
-            members = [members_of[row] for row in torch.nonzero(zoo.task_of == index).flatten().tolist()]
-            stacked = {name: torch.stack([m[name] for m in members]) for name in members[0]}
-            gaussian = [
-                {n: t.mean(0) + t.std(0) * torch.randn(t.shape[1:], generator=generator) for n, t in stacked.items()}
-                for _ in range(count)
-            ]
-            prompts = zoo.prompt_embeds[index]
-            labels = next(t["labels"] for t in self.known_tasks if t["name"] == task)
-            output = pipe(
-                prompt_embeds=prompts[torch.arange(count) % len(prompts)], labels=list(labels), generator=generator
-            )
-            rows = {
-                "average": [{n: t.mean(0) for n, t in stacked.items()}],
-                "gaussian": gaussian,
-                "generated": output.weights,
-            }
-            if task not in self.zoo_scores:
-                rows["zoo"] = members
-            result[task] = {
-                name: round(100 * self.score(weights, task).mean().item(), 2) for name, weights in rows.items()
-            }
-            result[task] |= {"zoo": round(100 * self.zoo_scores[task], 2)} if task in self.zoo_scores else {}
-            result[task]["counted"] = self.counts(task)
-        return result
+    def members(self, task: str) -> list[dict[str, Tensor]]:
+        """State dicts of the rows of a task that training sees."""
+        rows = torch.nonzero(self.train.task_of == self.train.tasks.index(task)).flatten()
+        return self.tokenizer.decode(
+            self.train.weight_tokens[rows],
+            num_classes=self.train.class_mask[self.train.task_of[rows]].sum(1),
+        )
 
 
-def _known(tasks, prompt_embeds: Mapping[str, Tensor]) -> tuple[list[dict], float]:
-    """Known tasks for the pipeline's config, and the cosine under which hardly any of their own prompts lies."""
+def _known(tasks, prompt_embeds: Mapping[str, Tensor]) -> tuple[list[dict], dict[str, float]]:
+    """
+    Known tasks for the pipeline's config, and two cosines to the nearest known prompts: far under that of any prompt of
+    their own, and above which nearly all of their own lie.
+    """
     known, cosines = [], []
     for task in tasks:
         embeds = prompt_embeds[task.name]
-        centre = F.normalize(embeds.mean(0), dim=0)
-        cosines.append(embeds @ centre)
+        # a task is asked for in ways that are far apart, by its dataset's name or in plain words: one centre is too few
+        clusters = KMeans(min(PROMPT_CENTRES, len(embeds)), n_init=4, random_state=0).fit(embeds.numpy())
+        centres = F.normalize(torch.from_numpy(clusters.cluster_centers_), dim=1)
+        cosines.append((embeds @ centres.mT).amax(1))
         known.append(
             {
                 "name": task.name,
                 "family": getattr(task, "family", task.name),
                 "labels": list(task.labels),
-                "prompt_embedding": [round(x, 5) for x in centre.tolist()],
+                "prompt_embeddings": pack_embeddings(centres),
             }
         )
-    return known, round(torch.cat(cosines).quantile(0.02).item() - 0.05, 3)
+    low = torch.cat(cosines).quantile(0.02).item()
+    return known, {"far_below": round(low - 0.1, 3), "known_above": round(low, 3)}
 
 
 def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
@@ -164,21 +154,23 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     train = parts["train"]
     images = digit_images()["train"][0]
     counts = train.class_mask.sum(1)
+    decoders = {classes: _BatchDecoder(tokenizer, classes) for classes in counts.unique().tolist()}
+
+    def logits(tokens: Tensor, classes: int, probe: Tensor) -> Tensor:
+        return mlp_logits(decoders[classes](tokens), probe, ACTIVATION).log_softmax(-1)
 
     def function_loss(tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """KL divergence of decoded from original networks on random training images."""
         probe = images[random.shared_integers(len(images), 64, purpose=21)][None]  # (1, n, F), alike in all processes
         loss = tokens.new_zeros(())
-        for classes in counts.unique().tolist():
+        for classes in decoders:
             rows = torch.nonzero(counts[train.task_of[index]] == classes).flatten()
             if len(rows):
-                old, new = (_mlp_of(tokenizer, t[rows], classes) for t in (truth, tokens))
-                target = mlp_logits(old, probe, ACTIVATION).log_softmax(-1)
-                guess = mlp_logits(new, probe, ACTIVATION).log_softmax(-1)
+                target, guess = (logits(t[rows], classes, probe) for t in (truth, tokens))
                 loss = loss + F.kl_div(guess, target, reduction="sum", log_target=True) / (len(index) * probe.shape[1])
         return loss
 
-    known, far_below = _known(TASKS, prompts)
+    known, thresholds = _known(TASKS, prompts)
     return Source(
         tokenizer,
         train,
@@ -186,20 +178,37 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
         [torch.nonzero(train.task_of == t).flatten().tolist() for t in range(len(train.tasks))],
         {"kind": "network", "config": {"input_size": 64, "hidden_size": HIDDEN, "activation": ACTIVATION}},
         known,
-        far_below,
+        thresholds,
         lambda weights, task: digit_accuracy(list(weights), task, "test"),
         vae_steps=3000,
-        max_train_steps=3000,
-        vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0},
+        max_train_steps=2000,
+        # networks of independent seeds: a narrow latent keeps what the functions share, a wide one each network's accidents
+        vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0, "kl_weight": 0.4},
         function_loss=function_loss,
     )
 
 
-def _mlp_of(tokenizer: WeightTokenizer, tokens: Tensor, classes: int) -> dict[str, Tensor]:
-    decoded = tokenizer.decode(
-        tokens[:, : tokenizer.num_body_tokens(0) + classes], num_classes=torch.full((len(tokens),), classes)
-    )
-    return {name: torch.stack([d[name] for d in decoded]) for name in decoded[0]}
+class _BatchDecoder:
+    """
+    `WeightTokenizer.decode` for many networks of one layout at once, and differentiable: decoding picks a token's scalar
+    for each weight, times a std, plus a mean, so its action on three token tensors tells all of it.
+    """
+
+    def __init__(self, tokenizer: WeightTokenizer, classes: int):
+        self.tokens = tokenizer.num_body_tokens(0) + classes
+        size = self.tokens * tokenizer.token_size
+        place = torch.arange(size, dtype=torch.float32)
+        zeros, ones, places = tokenizer.decode(
+            torch.stack([torch.zeros(size), torch.ones(size), place]).unflatten(1, (self.tokens, -1)),
+            num_classes=torch.full((3,), classes),
+        )
+        self.mean, self.std = zeros, {name: ones[name] - zeros[name] for name in zeros}
+        self.place = {name: ((places[name] - zeros[name]) / self.std[name]).round().long() for name in zeros}
+
+    def __call__(self, tokens: Tensor) -> dict[str, Tensor]:
+        """`(b, T + C or more, S)` to state dicts stacked: `{name: (b, *shape)}`."""
+        flat = tokens[:, : self.tokens].flatten(1)
+        return {name: flat[:, place] * self.std[name] + self.mean[name] for name, place in self.place.items()}
 
 
 def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source:
@@ -221,31 +230,37 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         weights["train"], token_size=base[f"{NAME_PROJECTION}.weight"].shape[1] + 1, head=(WEIGHT, BIAS)
     )
     specs = [get_task(name) for name in dict.fromkeys(task_names) if name != "base"]
-    prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
-    names = {spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs}
-    families = {spec.name: spec.family for spec in specs}
-    parts = {
-        p: ZooTensors.of(tokenizer, weights[p], [task_names[i] for i in where[p]], names, prompts, families)
-        for p in where
-    }
+    wide = get_task(START_NAMES)
+    prompts = {spec.name: encoder.embed(spec.prompts) for spec in [*specs, wide]}
+    names = {spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in [*specs, wide]}
+    families = {spec.name: spec.family for spec in specs} | {START: START}
+    names[START], prompts[START] = names[wide.name], torch.zeros(1, names[wide.name].shape[-1])
+    start = center_head(canonicalize(reference, reference) | head_of_names(base, names[START][0]), (WEIGHT, BIAS))
+    weights["train"].append(start)
+    rows_of = {p: [task_names[i] for i in rows] + [START] * (p == "train") for p, rows in where.items()}
+    parts = {p: ZooTensors.of(tokenizer, weights[p], rows_of[p], names, prompts, families) for p in where}
+    parts["train"].start = len(parts["train"]) - 1
     runs = []
-    for task in parts["train"].tasks:
+    for task in parts["train"].prompted_tasks:
         last = {
             seeds[i]: n for n, i in enumerate(where["train"]) if task_names[i] == task
         }  # the last checkpoint of each seed
         runs.append(list(last.values()))
-    data = load_tasks([*specs, get_task("clinc150")] if "clinc150" not in families else specs, data_root)
+    data = load_tasks([*specs, wide] if wide not in specs else specs, data_root)
     target = AdapterTarget(load_classifier(MINILM, num_labels=2), lora_config())
     text_tokenizer, cache = load_tokenizer(MINILM), {}
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
         if task not in cache:
             test = evaluation_subset(data[task].test, TEST_LIMIT)
-            cache[task] = target.buckets(text_tokenizer, test), torch.tensor(list(test["label"]))
+            cache[task] = (
+                target.buckets(text_tokenizer, test, bucket_size=SMALL_BUCKET),
+                torch.tensor(list(test["label"])),
+            )
         buckets, labels = cache[task]
         return (target.predict(list(state_dicts), buckets) == labels).double().mean(1)
 
-    known, far_below = _known(specs, prompts)
+    known, thresholds = _known(specs, prompts)
     source = Source(
         tokenizer,
         parts["train"],
@@ -257,9 +272,11 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
             "lora": {"task_type": "SEQ_CLS", **lora_settings(lora_config())},
         },
         known,
-        far_below,
+        thresholds,
         score,
-        vae_steps=7000,
+        vae_steps=14000,
+        # the calibrated noise is a mean over tasks; a quarter more brings most of them to the distance between runs
+        vae_settings={"kl_weight": 1e-3, "noise_scale": 1.25},
         max_train_steps=5000,
         samples=5,
         name_projection=tuple(LOGIT_SCALE * base[f"{NAME_PROJECTION}.{part}"] for part in ("weight", "bias")),

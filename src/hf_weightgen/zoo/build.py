@@ -34,7 +34,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from ..targets.base_models import MINILM, load_classifier, load_encoder, load_tokenizer
 from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
-from ..targets.tasks import TaskSpec
+from ..targets.tasks import TASKS, TaskSpec
 from .schema import ZooFolder, make_row, row_to_state_dict
 from .tasks import TEST_LIMIT, VALIDATION_LIMIT, TaskData, evaluation_subset, load_tasks
 
@@ -42,6 +42,7 @@ from .tasks import TEST_LIMIT, VALIDATION_LIMIT, TaskData, evaluation_subset, lo
 LOGIT_SCALE = 20.0
 DISTILLATION = 3.0
 NAME_PROJECTION = "name_projection"
+CONFIG = "zoo_config.json"
 
 
 def lora_config() -> LoraConfig:
@@ -94,6 +95,12 @@ class ZooConfig:
     base_pool: int = 1500
 
 
+def default_tasks() -> tuple[list[TaskSpec], list[TaskSpec]]:
+    """The tasks with members in the text zoo, and those that only its shared start reads: many class names widen it."""
+    base_only = [TASKS["clinc150"]]
+    return [task for task in TASKS.values() if task not in base_only], base_only
+
+
 def build_zoo(
     specs: Sequence[TaskSpec],
     folder: str | Path,
@@ -119,6 +126,7 @@ def build_zoo(
         _checkpoint_steps(spec, config)
     _check_same_config(Path(folder.path), config)
     data = load_tasks([*specs, *base_only], data_root)
+    _write_config(Path(folder.path), config)
     encoder, tokenizer = load_encoder(config.base_model), load_tokenizer(config.base_model)
     target = AdapterTarget(load_classifier(config.base_model, num_labels=2), lora_config())
     done = folder.finished()
@@ -432,13 +440,9 @@ def _provenance(config: ZooConfig, data: TaskData) -> dict:
 
 
 def _check_same_config(path: Path, config: ZooConfig) -> None:
-    """A zoo is one configuration: the first call writes it, later calls must bring the same."""
-    file, wanted = path / "zoo_config.json", _hyper(config)
+    """A zoo is one configuration: later calls must bring the one of the first."""
+    file, wanted = path / CONFIG, _hyper(config)
     if not file.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True))
-        temporary.replace(file)
         return
     found = json.loads(file.read_text())
     different = [key for key in wanted if found.get(key) != wanted[key]]
@@ -448,3 +452,12 @@ def _check_same_config(path: Path, config: ZooConfig) -> None:
             f"{file} was started with `{key}` = {found.get(key)!r}, now {wanted[key]!r} is asked for. "
             "Continue with the same settings, or choose another folder."
         )
+
+
+def _write_config(path: Path, config: ZooConfig) -> None:
+    if (path / CONFIG).exists():
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = (path / CONFIG).with_suffix(".tmp")
+    temporary.write_text(json.dumps(_hyper(config), indent=2, sort_keys=True))
+    temporary.replace(path / CONFIG)

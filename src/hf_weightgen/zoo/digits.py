@@ -60,7 +60,7 @@ def digit_images() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (images[rows], digits[rows]) for name, rows in parts.items()}
 
 
-def build_digit_zoo(networks: int = 256, steps: int = 300, seed: int = 0, progress: bool = True) -> list[dict]:
+def build_digit_zoo(networks: int = 1024, steps: int = 300, seed: int = 0, progress: bool = True) -> list[dict]:
     """
     Trains `networks` networks per task at once.
 

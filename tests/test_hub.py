@@ -1,0 +1,47 @@
+"""Cards: what they say, and that figures can be put into them again and again."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_weightgen.hub import add_figures, write_card
+
+
+@pytest.fixture
+def card(tmp_path):
+    write_card(
+        tmp_path, "generator", base_model="acme/base", prompt="sort films", generator="acme/gen", command="train"
+    )
+    return tmp_path
+
+
+def sections(folder) -> list[str]:
+    return [line[3:] for line in (folder / "README.md").read_text().splitlines() if line.startswith("## ")]
+
+
+def test_figures_stand_before_the_limits_with_their_command(card):
+    assert sections(card) == ["Details", "Command", "Limits"]
+    add_figures(card, "Figures", "python table.py --seed 0", "| task | zoo |\n|---|---|\n| films | 83.0 |")
+    assert sections(card) == ["Details", "Command", "Figures", "Limits"]
+    text = (card / "README.md").read_text()
+    assert "python table.py --seed 0" in text and "| films | 83.0 |" in text
+    assert ModelCard.load(card / "README.md").data.base_model == "acme/base"
+
+
+def test_new_figures_replace_those_of_the_same_title(card):
+    add_figures(card, "Figures", "first command", "first table")
+    add_figures(card, "Unseen tasks", "second command", "second table")
+    add_figures(card, "Figures", "third command", "third table")
+    assert sorted(sections(card)) == ["Command", "Details", "Figures", "Limits", "Unseen tasks"]
+    assert sections(card)[-1] == "Limits"
+    text = (card / "README.md").read_text()
+    assert "first" not in text and "second table" in text and "third table" in text
+    once = text
+    add_figures(card, "Figures", "third command", "third table")
+    assert (card / "README.md").read_text().count("third table") == once.count("third table") == 1
+
+
+def test_a_foreign_readme_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with pytest.raises(ValueError, match="has no section 'Limits'"):
+        add_figures(tmp_path, "Figures", "command", "table")
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
