@@ -49,6 +49,7 @@ def generate(
 
     from .pipelines.pipeline_utils import WeightGenPipeline
 
+    _quiet()
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
     if texts and pipe.config.target["kind"] != "adapter":
@@ -133,6 +134,7 @@ def evaluate(
     from .pipelines.pipeline_utils import WeightGenPipeline
     from .targets.tasks import get_task, load_task_spec
 
+    _quiet()
     spec = load_task_spec(task) if task.endswith(".json") else get_task(task)
     pipe = WeightGenPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
@@ -163,6 +165,21 @@ def zoo_build(
     specs, base_only = ([get_task(name.strip()) for name in tasks.split(",")], []) if tasks else default_tasks()
     built = build_zoo(specs, folder, ZooConfig(seeds=seeds, passes=passes, bf16=bf16), data_root, base_only)
     print(f"{len(built.finished())} rows in {folder}")
+
+
+def _quiet() -> None:
+    """No progress bars of loading, and no warnings that speak to programmers of other libraries."""
+    import warnings
+
+    import datasets
+    import diffusers
+    import transformers
+
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def _check_format(name: str) -> None:

@@ -210,3 +210,10 @@ def test_an_encoder_of_another_checksum_is_refused(pipe, saved, edit):
 def test_variants_are_for_folders(on_the_hub):
     with pytest.raises(ValueError, match="`variant` 'fp16' is not supported for generators on the Hub"):
         WeightGenPipeline.from_pretrained("acme/generator", variant="fp16")
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong in ("./nosuch", str(tmp_path / "nosuch"), str(tmp_path / "file")):
+        with pytest.raises(FileNotFoundError, match="There is no generator folder"):
+            WeightGenPipeline.from_pretrained(wrong)

@@ -275,8 +275,14 @@ BAD = [
     ({"prompt": b"sentiment"}, TypeError, "got bytes"),
     ({"prompt": None}, ValueError, "either `prompt` or `prompt_embeds`"),
     ({"prompt": SST2, "prompt_embeds": torch.ones(1, 384)}, ValueError, "either `prompt` or `prompt_embeds`"),
-    ({"prompt_embeds": torch.ones(384)}, ValueError, r"shape \(prompts, 384\), got \(384,\)"),
-    ({"prompt_embeds": torch.ones(2, 8)}, ValueError, r"shape \(prompts, 384\), got \(2, 8\)"),
+    ({"prompt_embeds": torch.ones(384)}, ValueError, r"shape \(prompts, 384\), got Tensor \(384,\)"),
+    ({"prompt_embeds": torch.ones(2, 8)}, ValueError, r"shape \(prompts, 384\), got Tensor \(2, 8\)"),
+    ({"prompt_embeds": [0.0] * 384}, ValueError, r"got list \(\)"),
+    ({"prompt_embeds": torch.full((1, 384), torch.nan)}, ValueError, "`prompt_embeds` holds NaN"),
+    ({"prompt": SST2, "num_samples": True}, ValueError, "`num_samples`"),
+    ({"prompt": SST2, "guidance_scale": float("nan")}, ValueError, "`guidance_scale` must be a number from"),
+    ({"prompt": SST2, "guidance_scale": 1e9}, ValueError, "`guidance_scale` must be a number from"),
+    ({"prompt": SST2, "guidance_scale": "2"}, ValueError, "`guidance_scale` must be a number from"),
     ({"prompt": SST2, "num_samples": 0}, ValueError, "`num_samples` must be a whole number of at least 1, got 0"),
     ({"prompt": SST2, "num_samples": 2.5}, ValueError, "`num_samples`"),
     ({"prompt": SST2, "num_inference_steps": 0}, ValueError, "`num_inference_steps`"),
@@ -301,3 +307,9 @@ def test_bad_input_is_refused_before_any_work(arguments, error, message, pipe):
     with pytest.raises(error, match=message):
         pipe(**arguments, generator=generator)
     assert torch.equal(generator.get_state(), random(0).get_state())
+
+
+def test_a_generator_that_is_none_is_named(pipe):
+    for wrong in (0, [random(0)]):
+        with pytest.raises(TypeError, match="`generator` must be one `torch.Generator`"):
+            pipe(SST2, generator=wrong)

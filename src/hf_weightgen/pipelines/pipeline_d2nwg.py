@@ -19,6 +19,9 @@ from ..weights.tokenization import WeightTokenizer
 from .pipeline_utils import MismatchWarning, WeightGenOutput, WeightGenPipeline
 
 
+MAX_GUIDANCE = 100  # beyond it latents, and then weights, overflow
+
+
 class D2NWGPipeline(WeightGenPipeline):
     r"""
     Generates LoRA adapters or small networks from a description of the task.
@@ -114,13 +117,19 @@ class D2NWGPipeline(WeightGenPipeline):
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Give either `prompt` or `prompt_embeds`.")
         size = self.vae.config.embedding_size
-        if prompt_embeds is not None and (
-            prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != size or not len(prompt_embeds)
-        ):
-            raise ValueError(
-                f"`prompt_embeds` must have the shape (prompts, {size}), got {tuple(prompt_embeds.shape)}."
+        if prompt_embeds is not None:
+            shape = tuple(getattr(prompt_embeds, "shape", ()))
+            if not isinstance(prompt_embeds, Tensor) or len(shape) != 2 or shape[1] != size or not shape[0]:
+                raise ValueError(
+                    f"`prompt_embeds` must be a tensor of shape (prompts, {size}), got {type(prompt_embeds).__name__} {shape}."
+                )
+            if not prompt_embeds.isfinite().all():
+                raise ValueError("`prompt_embeds` holds NaN or infinity; embed the prompts anew.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"`generator` must be one `torch.Generator`, from which every sample's own is seeded, got {type(generator).__name__}."
             )
-        if not isinstance(num_samples, int) or num_samples < 1:
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
             raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
         if output_type not in ("weights", "latent"):
             raise ValueError(f"`output_type` must be 'weights' or 'latent', got {output_type!r}.")
@@ -133,6 +142,10 @@ class D2NWGPipeline(WeightGenPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, known are {self._callback_tensor_inputs}."
             )
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if not isinstance(guidance, (int, float)) or not abs(guidance) <= MAX_GUIDANCE:
+            raise ValueError(
+                f"`guidance_scale` must be a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}, got {guidance!r}."
+            )
         self._check_scheduler()
 
         # 1. Conditions: prompt embeddings, and class names from the caller or from the nearest known task
@@ -211,7 +224,7 @@ class D2NWGPipeline(WeightGenPipeline):
                 f"The class names {names[:6]} do not fit the prompt {prompt[:80]!r} (compatibility {fit:.2f}); the classes carry "
                 "no information. Name the classes of the task, describe their task in the prompt, or leave `labels` out.",
                 MismatchWarning,
-                stacklevel=3,
+                stacklevel=4,  # the caller of the pipeline, past `no_grad`
             )
         count = vae.config.num_body_tokens + len(names)
         noise = torch.stack([torch.randn(count, vae.config.token_size, generator=g) for g in generators])

@@ -169,6 +169,8 @@ class WeightGenPipeline(DiffusionPipeline):
                 )
         if os.path.isdir(path):
             _check_folder(Path(path))
+        elif os.path.isfile(path) or path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"There is no generator folder {path!r}. Give its folder, a Hub id, or 'bundled'.")
         if cls is WeightGenPipeline:
             index = Path(path, INDEX) if os.path.isdir(path) else _download_index(path, kwargs)
             name = _read_index(index).get("_class_name")
@@ -301,7 +303,7 @@ class WeightGenPipeline(DiffusionPipeline):
                 f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
                 "Weights for an unseen task can be much weaker: try them on labelled examples first.",
                 MismatchWarning,
-                stacklevel=3,
+                stacklevel=4,  # the caller of the pipeline, past `no_grad`
             )
 
 

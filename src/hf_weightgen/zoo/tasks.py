@@ -129,8 +129,9 @@ def load_tasks(
             if not len(rows):
                 raise ValueError(
                     f"Task {spec.name!r}: its {split} split is left with no rows (of {len(train) + len(validation)} "
-                    f"in {spec.train_split!r} and {len(test)} in the test split); give it a larger dataset, or load "
-                    "it without the tasks whose test texts it holds."
+                    f"in {spec.train_split!r} and {len(test)} in the test split); give it a larger dataset, load it "
+                    "without the tasks whose test texts it holds, or, if its test split repeats its train split, set "
+                    "`test_split` to None: a part of the train split is then held out."
                 )
         tasks[spec.name] = TaskData(
             spec=spec,
