@@ -10,7 +10,8 @@ The run may be killed at any time; the same command continues.
 import argparse
 from pathlib import Path
 
-from hf_weightgen.zoo.build import ZooConfig, build_zoo, default_tasks
+from hf_weightgen.zoo.build import build_zoo
+from hf_weightgen.zoo.recipe import ZooConfig, default_tasks
 from hf_weightgen.zoo.schema import merge
 
 

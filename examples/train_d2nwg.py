@@ -27,6 +27,7 @@ from hf_weightgen.training.d2nwg import (
     make_denoiser,
     make_schedulers,
     reconstruct,
+    scaled_latents,
 )
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
@@ -136,10 +137,8 @@ def main():
     accelerator.print("gate: reconstruction costs", {t: round(x, 2) for t, x in gate["losses"].items()}, "points")
 
     # Stage 2: diffusion over unit-std latents
-    means, log_stds = encode(vae, zoo)
-    fit_latent_scale(vae, means, log_stds)
-    shape = tuple(vae.config.latent_shape)
-    latents, log_stds = vae.scale(means).unflatten(1, shape), (log_stds - vae.latent_std.log()).unflatten(1, shape)
+    fit_latent_scale(vae, *encode(vae, zoo))
+    latents, log_stds = scaled_latents(vae, zoo)
     denoiser = make_denoiser(args.denoiser)
     noise_scheduler, scheduler = make_schedulers(args.prediction_type)
     train(

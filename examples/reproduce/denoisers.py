@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.training.d2nwg import encode, make_denoiser, make_schedulers, reconstruct
+from hf_weightgen.hub import add_figures
+from hf_weightgen.training.d2nwg import make_denoiser, make_schedulers, reconstruct, scaled_latents
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss
 from hf_weightgen.training.sources import text_source
@@ -39,6 +40,7 @@ def main():
     parser.add_argument("--samples", type=int, default=3, help="Generated adapters per task.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table.")
     args = parser.parse_args()
 
     pipe = WeightGenPipeline.from_pretrained(args.generator)
@@ -46,9 +48,7 @@ def main():
     pipe.vae.config.noise_scale = 0.0
     source = text_source(pipe.encoder, args.zoo, args.data_root)
     zoo, held_out, vae = source.train, source.held_out, pipe.vae
-    means, log_stds = encode(vae, zoo)
-    shape = tuple(vae.config.latent_shape)
-    latents, log_stds = vae.scale(means).unflatten(1, shape), (log_stds - vae.latent_std.log()).unflatten(1, shape)
+    latents, log_stds = scaled_latents(vae, zoo)
     rows = [
         row_of("reconstruction", source.accuracy(source.state_dicts(held_out, reconstruct(vae, held_out)), held_out))
     ]
@@ -93,6 +93,21 @@ def main():
         print(rows[-1], flush=True)
     command = f"python examples/reproduce/denoisers.py --seconds {args.seconds:g} --samples {args.samples} --seed {args.seed}"
     write_results(args.out, "denoisers", command, args.seed, rows)
+    if args.card:
+        add_figures(args.card, "Denoisers at equal training time", command, summary(rows))
+
+
+def summary(rows: list[dict]) -> str:
+    lines = [
+        "| denoiser | accuracy of samples | parameters | steps | ms a latent, in a batch of 50 |",
+        "|" + "---|" * 5,
+    ]
+    for row in rows:
+        cells = [row["method"], f"{row['mean']:.1f}"]
+        if "steps" in row:
+            cells += [f"{row['parameters']:,}", f"{row['steps']:,}", f"{1000 * row['seconds_per_latent']:.1f}"]
+        lines.append("| " + " | ".join(cells + ["-"] * (5 - len(cells))) + " |")
+    return "\n".join(lines)
 
 
 def row_of(method: str, scores: dict[str, float]) -> dict:

@@ -3,7 +3,8 @@
     python examples/reproduce/text_table.py --zoo runs/text-zoo --out examples/reproduce/results/d2nwg_text.json
     python examples/reproduce/text_table.py --tasks one.json two.json --out unseen.json     # tasks of your own, unseen
 
-`--card FOLDER` also writes the table into the card of the generator in FOLDER, and the rows beside it. Each task's rows are written as soon as they are there, and a second call continues with the missing tasks.
+`--card FOLDER` also writes the table into the card of the generator in FOLDER, and the rows beside it. Each task's rows
+are written as soon as they are there, and a second call continues with the missing tasks.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main():
     parser.add_argument("--n", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--bf16", action="store_true", help="Predict under bfloat16 autocast: faster, 0.2 % other predictions."
+        "--bf16", action="store_true", help="Predict under bfloat16 autocast: faster, and a few predictions differ."
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
@@ -40,12 +41,12 @@ def main():
     specs = [load_task_spec(name) if name.endswith(".json") else get_task(name) for name in args.tasks or known]
     names = {spec.name for spec in specs}
     seen = names <= set(known)
-    data = load_tasks([*specs, *(task for task in TASKS.values() if task.name not in names)], args.data_root)
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
-    command = f"python examples/reproduce/text_table.py --n {args.n} --seed {args.seed}" + " --bf16" * args.bf16
-    for spec in specs:
-        if any(row["task"] == spec.name for row in rows):
-            continue
+    command = command_of(args)
+    missing = [spec for spec in specs if not any(row["task"] == spec.name for row in rows)]
+    others = [task for task in TASKS.values() if task.name not in names]  # their test splits are kept out of training
+    data = load_tasks([*specs, *others], args.data_root) if missing else {}
+    for spec in missing:
         print(spec.name, file=sys.stderr, flush=True)
         new = evaluate_generator(
             pipe, spec, args.data_root, args.zoo, args.n, args.seed, data=data[spec.name], bf16=args.bf16
@@ -58,6 +59,15 @@ def main():
         write_results(args.card / EVALUATION, "d2nwg_text", command, args.seed, rows)
     if args.card:
         add_figures(args.card, "Figures" if seen else "Unseen tasks", command, summary(rows))
+
+
+def command_of(args) -> str:
+    """The command that makes the rows again; absolute folders are each machine's own, and told by their names."""
+    parts = ["python examples/reproduce/text_table.py"]
+    parts += [f"--generator {args.generator}"] * (args.generator != "bundled")
+    parts += [f"--zoo {Path(args.zoo).name if Path(args.zoo).is_absolute() else args.zoo}"] if args.zoo else []
+    parts += ["--tasks " + " ".join(Path(name).name for name in args.tasks)] if args.tasks else []
+    return " ".join([*parts, f"--n {args.n} --seed {args.seed}", *["--bf16"] * args.bf16])
 
 
 def summary(rows: list[dict]) -> str:

@@ -160,7 +160,8 @@ def zoo_build(
 ):
     """Train a zoo of LoRA adapters for all-MiniLM-L6-v2."""
     from .targets.tasks import get_task
-    from .zoo.build import ZooConfig, build_zoo, default_tasks
+    from .zoo.build import build_zoo
+    from .zoo.recipe import ZooConfig, default_tasks
 
     specs, base_only = ([get_task(name.strip()) for name in tasks.split(",")], []) if tasks else default_tasks()
     built = build_zoo(specs, folder, ZooConfig(seeds=seeds, passes=passes, bf16=bf16), data_root, base_only)

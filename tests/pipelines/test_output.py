@@ -16,7 +16,7 @@ from hf_weightgen.pipelines.pipeline_utils import WeightGenOutput
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer, resolve_base
 from hf_weightgen.targets.functional import AdapterTarget
-from hf_weightgen.zoo.build import lora_config
+from hf_weightgen.zoo.recipe import lora_config
 from tiny import LORA, adapter, random
 
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer
 from hf_weightgen.targets.functional import BIAS, WEIGHT, AdapterTarget
-from hf_weightgen.zoo.build import lora_config
+from hf_weightgen.zoo.recipe import lora_config
 from tiny import random
 
 

@@ -17,8 +17,10 @@ from hf_weightgen.targets.base_models import MINILM, load_encoder
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.targets.tasks import TaskSpec
 from hf_weightgen.weights.lora import split_lora
-from hf_weightgen.zoo.build import LOGIT_SCALE, ZooConfig, build_zoo, head_of_names
+from hf_weightgen.zoo.build import build_zoo
+from hf_weightgen.zoo.recipe import LOGIT_SCALE, ZooConfig
 from hf_weightgen.zoo.schema import ZooFolder, load_zoo, row_to_state_dict, zoo_state_dicts
+from hf_weightgen.zoo.start import head_of_names
 
 
 CONFIG = ZooConfig(
@@ -197,7 +199,7 @@ def test_too_few_passes_for_the_checkpoints_are_refused(passes, batch_size, tmp_
 def test_a_process_that_is_killed_loses_no_finished_shard(root, rows, tmp_path):
     code = (
         "import json, sys; from hf_weightgen.targets.tasks import TaskSpec; "
-        "from hf_weightgen.zoo.build import ZooConfig, build_zoo; folder, specs, config = json.loads(sys.argv[1]); "
+        "from hf_weightgen.zoo.build import build_zoo; from hf_weightgen.zoo.recipe import ZooConfig; folder, specs, config = json.loads(sys.argv[1]); "
         "config['checkpoints'] = tuple(config['checkpoints']); "
         "build_zoo([TaskSpec(**spec) for spec in specs], folder, ZooConfig(**config))"
     )

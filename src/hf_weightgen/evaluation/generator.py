@@ -4,6 +4,7 @@ Known tasks are tested on the splits that the zoo was built on; a task of the us
 zoo rows are those of the nearest known task (the look-up).
 """
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from ..targets.base_models import load_classifier, load_tokenizer
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget
 from ..targets.tasks import TASKS, TaskSpec
 from ..weights.lora import canonicalize, center_head
-from ..zoo.build import head_of_names
 from ..zoo.schema import load_zoo, zoo_state_dicts
+from ..zoo.start import BASE, head_of_names
 from ..zoo.tasks import TaskData, load_tasks
 from .accuracy import PredictionCache
 from .table import honest_table
@@ -67,8 +68,8 @@ def evaluate_generator(
         zoo: Folder or Hub id of the zoo; without it the rows that need members are the ones stored beside the generator.
         data: The task's splits if they are loaded already. Default: loaded together with all known tasks, so that
             texts that stand in another task's test split are kept out.
-        bf16: Predict under bfloat16 autocast, which is twice as fast where the processor has it, and changes about
-            0.2 % of the predictions, alike in all rows.
+        bf16: Predict under bfloat16 autocast, which is faster where the processor has it and changes a few predictions;
+            all rows alike.
 
     Raises:
         ValueError: If the generator makes no adapters.
@@ -100,17 +101,18 @@ def evaluate_generator(
         reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, seed=seed,
         known_tasks=[{**task, "prompts": TASKS[name].prompts} for name, task in known.items() if name in TASKS],
         lookup_members=members, member_seeds=seeds.get(spec.name), mismatched_prompts=[others[i].prompts[0] for i in chosen],
-        reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache, context=pipe.config.target["base_model"]) if cache else None, on_row=on_row,
+        reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache, context=f"{pipe.config.target['base_model']} bf16={bf16}") if cache else None, on_row=on_row,
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)  # one task after another asks for the same zoo
 def zoo_members(zoo: str | Path) -> tuple[dict, dict, dict, dict[str, Tensor]]:
     """Per task the training members, the held-out ones and the seeds of the former; and the base row."""
     dataset = load_zoo(zoo)
     members, held_out, seeds, base = defaultdict(list), defaultdict(list), defaultdict(list), None
     columns = zip(dataset["split"], dataset["task"], dataset["seed"], zoo_state_dicts(dataset), strict=True)
     for split, task, run, state_dict in columns:
-        if split == "base":
+        if split == BASE:
             base = state_dict
         elif split == "held_out":
             held_out[task].append(state_dict)

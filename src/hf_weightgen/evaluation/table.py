@@ -8,12 +8,11 @@ Notation used for shapes and units:
     - scores, their std and differences are in percent points
 """
 
+import functools
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -178,8 +177,9 @@ def honest_table(
     add("zoo_held_out", lambda: _held_out(task, held_out))
     add("zoo_start", lambda: _start(task, start))
     looked_up = lookup_members or {spec.name: members}
-    add("lookup", lambda: _lookup(task, encoder, prompts, known_tasks, looked_up))
-    add("zoo_average", lambda: _average(task, encoder, prompts, known_tasks, looked_up))
+    nearest = functools.cache(lambda: _nearest_known(encoder, prompts, known_tasks, looked_up))
+    add("lookup", lambda: _lookup(task, encoder, nearest(), looked_up))
+    add("zoo_average", lambda: _average(task, encoder, nearest, looked_up))
     for method, make in {
         "gaussian": lambda g: baselines.gaussian(task.aligned, n, g),
         "noise_0.05": lambda g: baselines.noisy(task.aligned, 0.05, n, g),
@@ -232,24 +232,21 @@ def _nearest_known(encoder, prompts, known_tasks, lookup_members) -> list[Mappin
     return found
 
 
-def _average(task: TaskRows, encoder, prompts, known_tasks, lookup_members) -> dict:
+def _average(task: TaskRows, encoder, nearest: Callable[[], list[Mapping]], lookup_members) -> dict:
     """Of the task's members; of an unseen task, of the members of each task that its prompts look up."""
     if task.members:
         return task.row("zoo_average", [baselines.average(task.aligned)])
-    made, names = [], []
-    for known in _nearest_known(encoder, prompts, known_tasks, lookup_members):
-        if known["name"] not in names:
-            names.append(known["name"])
-            members = [fix_gauge(member, task.reference) for member in lookup_members[known["name"]]]
-            average = baselines.average(members)
-            made.append(baselines.transfer_head(average, known["labels"], task.spec.labels, encoder))
-    return task.row("zoo_average", made) | {"found": names}
+    found, made = {known["name"]: known["labels"] for known in nearest()}, []
+    for name, labels in found.items():
+        average = baselines.average([fix_gauge(member, task.reference) for member in lookup_members[name]])
+        made.append(baselines.transfer_head(average, labels, task.spec.labels, encoder))
+    return task.row("zoo_average", made) | {"found": list(found)}
 
 
-def _lookup(task: TaskRows, encoder, prompts, known_tasks, lookup_members) -> dict:
-    found = _nearest_known(encoder, prompts, known_tasks, lookup_members)
+def _lookup(task: TaskRows, encoder, found: list[Mapping], lookup_members) -> dict:
+    """`found`: for each prompt its nearest known task."""
     made, generator = [], task.generator("lookup")
-    for known, count in zip(found, _spread(task.n, len(prompts)), strict=True):
+    for known, count in zip(found, _spread(task.n, len(found)), strict=True):
         for member in baselines.choose(lookup_members[known["name"]], count, generator):
             made.append(baselines.transfer_head(member, known["labels"], task.spec.labels, encoder))
     return task.row("lookup", made) | {"found": list(dict.fromkeys(known["name"] for known in found))}
@@ -357,15 +354,12 @@ def write_results(path: str | Path, table: str, command: str, seed: int, rows: S
     content = {"table": table, "command": command, "seed": seed, "versions": versions(), "rows": _finite(list(rows))}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # a temporary file is its owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

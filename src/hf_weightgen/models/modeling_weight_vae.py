@@ -177,7 +177,9 @@ class WeightVAE(PreTrainedModel):
             `torch.FloatTensor` of shape `(B, T + C, S)`: mean of p(w|z). Class tokens count up to a shift that all
             classes share, since the softmax over classes does not see it.
         """
-        hidden = self.from_latent(latents)
+        return self._decode(self.from_latent(latents), class_embeds)
+
+    def _decode(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:
         narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
         body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
         rows = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds)
@@ -240,7 +242,8 @@ class WeightVAE(PreTrainedModel):
         """
         mean, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
         latents = mean + (0.5 * log_variance).exp() * noise
-        reconstruction = self.decode(latents, class_embeds)
+        hidden = self.from_latent(latents)
+        reconstruction = self._decode(hidden, class_embeds)
         T, mask = self.config.num_body_tokens, padding_mask.to(weight_tokens.dtype)
         error = reconstruction - weight_tokens
         error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
@@ -258,7 +261,7 @@ class WeightVAE(PreTrainedModel):
             few = other_embeds[:, :FOREIGN_NAMES]
             alike = (few @ class_embeds.mT).amax(-1)  # tasks of different families may share names
             real = other_mask[:, :FOREIGN_NAMES] & (alike < ALIKE)
-            specific = self._specific_rows(self.from_latent(latents), few).square().mean(-1)
+            specific = self._specific_rows(hidden, few).square().mean(-1)
             foreign_loss = ((specific * real).sum(1) / real.sum(1).clamp(min=1)).mean()
             loss = loss + 0.1 * match_loss + self.config.foreign_weight * foreign_loss
         return WeightVAEOutput(loss, body + rows, kl, match_loss, foreign_loss, reconstruction)

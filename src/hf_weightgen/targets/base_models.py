@@ -53,7 +53,7 @@ SNAPSHOT = {  # the root folder of a repo only: copies in other formats (ONNX, O
 
 
 def pack_embeddings(embeddings: Tensor) -> str:
-    """Embeddings `(N, E)` as text for a JSON file: base64 of float16, a seventh of the size of printed numbers."""
+    """Embeddings `(N, E)` as text for a JSON file: base64 of float16."""
     return base64.b64encode(embeddings.half().cpu().numpy().astype("<f2").tobytes()).decode("ascii")
 
 

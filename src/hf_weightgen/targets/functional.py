@@ -196,3 +196,10 @@ class AdapterTarget(nn.Module):
                     logits = F.linear(pooled[i].float(), state_dict[WEIGHT].float(), state_dict[BIAS].float())
                     out[start + i, bucket.rows] = logits.argmax(-1)
         return out
+
+    def accuracy(self, state_dicts: Sequence[Mapping[str, Tensor]], buckets: Sequence[Bucket]) -> Tensor:
+        """Accuracy in [0, 1] of N adapters over all buckets: `(N,)` in float64."""
+        labels = torch.empty(sum(len(bucket.rows) for bucket in buckets), dtype=torch.long)
+        for bucket in buckets:
+            labels[bucket.rows] = bucket.labels
+        return (self.predict(state_dicts, buckets) == labels).double().mean(1)

@@ -8,6 +8,7 @@ Notation: R rows (checkpoints), T body tokens, C classes (padded), S scalars per
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class ZooTensors:
         class_embeds: Mapping[str, Tensor],
         prompt_embeds: Mapping[str, Tensor],
         families: Mapping[str, str],
+        start: int | None = None,
     ) -> "ZooTensors":
         """
         Args:
@@ -107,6 +109,7 @@ class ZooTensors:
             torch.arange(widest) < counts[:, None],
             [prompt_embeds[t] for t in tasks],
             [families[t] for t in tasks],
+            start,
         )
 
     def __len__(self) -> int:
@@ -117,21 +120,27 @@ class ZooTensors:
         """The tasks that prompts ask for: all but the shared start."""
         return self.tasks if self.start is None else self.tasks[:-1]
 
+    @cached_property
+    def _rows_of(self) -> list[Tensor]:
+        """Row numbers of each task."""
+        return [torch.nonzero(self.task_of == task).flatten() for task in range(len(self.tasks))]
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """Upper bounds of each task's share of [0, 1)."""
+        odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()
+        if self.start is not None:
+            odds[-1] = odds.min()
+        return (odds / odds.sum()).cumsum(0)
+
     def draw_rows(self, random: StepRandom) -> Tensor:
         """
         Row numbers `(b,)` of a batch: a task at random, then a row of it, so that tasks with many rows do not crowd out
         others. Tasks with very many classes come more often: they have more to learn.
         """
-        odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()
-        if self.start is not None:
-            odds[-1] = odds.min()
-        bounds = (odds / odds.sum()).cumsum(0)
-        task = torch.searchsorted(bounds, random.uniform(purpose=11).double()).clamp(max=len(self.tasks) - 1)
-        rows = [torch.nonzero(self.task_of == t).flatten() for t in range(len(self.tasks))]
-        place = random.uniform(purpose=12)
-        return torch.stack(
-            [rows[t][int(u * len(rows[t]))] for t, u in zip(task.tolist(), place.tolist(), strict=True)]
-        )
+        task = torch.searchsorted(self._bounds, random.uniform(purpose=11).double()).clamp(max=len(self.tasks) - 1)
+        draws = zip((self._rows_of[t] for t in task.tolist()), random.uniform(purpose=12).tolist(), strict=True)
+        return torch.stack([rows[int(u * len(rows))] for rows, u in draws])
 
     def names(self, tasks: Tensor, random: StepRandom, purpose: int = 13) -> Tensor:
         """Class-name embeddings `(b, C, E)` in a random wording each; half of the draws take the task's own wording."""

@@ -50,6 +50,13 @@ def encode(vae: WeightVAE, zoo: ZooTensors, batch_size: int = 64) -> tuple[Tenso
     return torch.cat(means), torch.cat(log_stds)
 
 
+def scaled_latents(vae: WeightVAE, zoo: ZooTensors) -> tuple[Tensor, Tensor]:
+    """What the denoiser learns: means in unit scale and log stds in that scale, `(R, channels, height, width)`."""
+    means, log_stds = encode(vae, zoo)
+    shape = tuple(vae.config.latent_shape)
+    return vae.scale(means).unflatten(1, shape), (log_stds - vae.latent_std.log()).unflatten(1, shape)
+
+
 def check_gate(original: Mapping[str, float], reconstructed: Mapping[str, float]) -> dict:
     """
     Accuracy (0 to 1) of held-out members and of their reconstructions, by counted task.

@@ -1,5 +1,6 @@
 """What the stages of D2NWG need of a zoo, for each kind of zoo: tensors, tokenizer, target, and how to score weights."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +13,19 @@ from torch import Tensor
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import HEAD, mlp_logits
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
-from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget
+from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
-from ..zoo.build import LOGIT_SCALE, NAME_PROJECTION, head_of_names, lora_config, lora_settings
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
+from ..zoo.recipe import WIDE_TASK, lora_config, lora_settings
 from ..zoo.schema import load_zoo, zoo_state_dicts
+from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
 
 
-START = "base"  # the zoo's name for the adapter that all members started from
 PROMPT_CENTRES = 4  # per known task
-START_NAMES = "clinc150"  # the task whose many class names stand for all names in the start's head
 
 
 @dataclass
@@ -215,31 +215,31 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
     """A zoo of LoRA adapters made by [`zoo.build`]: rows in the base adapter's gauge, heads with the class mean removed."""
     dataset = load_zoo(zoo)
     split, task_names, seeds = dataset["split"], dataset["task"], dataset["seed"]
-    base = next(zoo_state_dicts(dataset, [split.index("base")]))
+    base = next(zoo_state_dicts(dataset, [split.index(BASE)]))
     reference = {n: t for n, t in base.items() if "lora_" in n}
     where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
-    last = max(dataset["checkpoint"])
-    where["held_out"] = [
-        i for i in where["held_out"] if dataset[i]["checkpoint"] == last
-    ]  # one member per task for the gate
+    checkpoints = dataset["checkpoint"]
+    latest = max(checkpoints)
+    where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == latest]  # one member a task, for the gate
     weights = {
         part: [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in zoo_state_dicts(dataset, rows)]
         for part, rows in where.items()
     }
     tokenizer = WeightTokenizer.fit(
-        weights["train"], token_size=base[f"{NAME_PROJECTION}.weight"].shape[1] + 1, head=(WEIGHT, BIAS)
+        weights["train"], token_size=name_projection(base)[0].shape[1] + 1, head=(WEIGHT, BIAS)
     )
-    specs = [get_task(name) for name in dict.fromkeys(task_names) if name != "base"]
-    wide = get_task(START_NAMES)
+    specs = [get_task(name) for name in dict.fromkeys(task_names) if name != BASE]
+    wide = get_task(WIDE_TASK)  # its names stand for all names in the head of the shared start
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in [*specs, wide]}
     names = {spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in [*specs, wide]}
-    families = {spec.name: spec.family for spec in specs} | {START: START}
-    names[START], prompts[START] = names[wide.name], torch.zeros(1, names[wide.name].shape[-1])
-    start = center_head(canonicalize(reference, reference) | head_of_names(base, names[START][0]), (WEIGHT, BIAS))
+    families = {spec.name: spec.family for spec in specs} | {BASE: BASE}
+    names[BASE], prompts[BASE] = names[wide.name], torch.zeros(1, names[wide.name].shape[-1])
+    start = center_head(canonicalize(reference, reference) | head_of_names(base, names[BASE][0]), (WEIGHT, BIAS))
     weights["train"].append(start)
-    rows_of = {p: [task_names[i] for i in rows] + [START] * (p == "train") for p, rows in where.items()}
-    parts = {p: ZooTensors.of(tokenizer, weights[p], rows_of[p], names, prompts, families) for p in where}
-    parts["train"].start = len(parts["train"]) - 1
+    rows_of = {p: [task_names[i] for i in rows] for p, rows in where.items()}
+    rows_of["train"].append(BASE)
+    start_of = {"train": len(weights["train"]) - 1, "held_out": None}
+    parts = {p: ZooTensors.of(tokenizer, weights[p], rows_of[p], names, prompts, families, start_of[p]) for p in where}
     runs = []
     for task in parts["train"].prompted_tasks:
         last = {
@@ -248,17 +248,14 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         runs.append(list(last.values()))
     data = load_tasks([*specs, wide] if wide not in specs else specs, data_root)
     target = AdapterTarget(load_classifier(MINILM, num_labels=2), lora_config())
-    text_tokenizer, cache = load_tokenizer(MINILM), {}
+    text_tokenizer = load_tokenizer(MINILM)
+
+    @functools.cache
+    def test_buckets(task: str) -> list[Bucket]:
+        return target.buckets(text_tokenizer, evaluation_subset(data[task].test, TEST_LIMIT), bucket_size=SMALL_BUCKET)
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
-        if task not in cache:
-            test = evaluation_subset(data[task].test, TEST_LIMIT)
-            cache[task] = (
-                target.buckets(text_tokenizer, test, bucket_size=SMALL_BUCKET),
-                torch.tensor(list(test["label"])),
-            )
-        buckets, labels = cache[task]
-        return (target.predict(list(state_dicts), buckets) == labels).double().mean(1)
+        return target.accuracy(list(state_dicts), test_buckets(task))
 
     known, thresholds = _known(specs, prompts)
     source = Source(
@@ -269,7 +266,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         {
             "kind": "adapter",
             "base_model": MINILM,
-            "lora": {"task_type": "SEQ_CLS", **lora_settings(lora_config())},
+            "lora": lora_settings(),
         },
         known,
         thresholds,
@@ -279,7 +276,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         vae_settings={"kl_weight": 1e-3, "noise_scale": 1.25},
         max_train_steps=5000,
         samples=5,
-        name_projection=tuple(LOGIT_SCALE * base[f"{NAME_PROJECTION}.{part}"] for part in ("weight", "bias")),
+        name_projection=name_projection(base),
     )
     metrics = dataset["metrics"]
     for spec in specs:
