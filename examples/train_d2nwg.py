@@ -50,6 +50,9 @@ def parse_args():
     )
     add("--networks", type=int, default=1024, help="Networks per digit task.")
     add("--vae_steps", type=int, help="Steps of the autoencoder.")
+    add("--task_steps", type=int, help="Further steps of it in which decoded adapters read sentences; 0 for none.")
+    add("--task_batch_size", type=int, default=16, help="Rows per such step; one in four reads.")
+    add("--task_learning_rate", type=float, default=3e-4)
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
     add("--learning_rate", type=float, default=1e-3)
@@ -89,20 +92,19 @@ def main():
     source = (
         digits_source(encoder, args.networks, args.seed)
         if args.zoo is None
-        else text_source(encoder, args.zoo, args.data_root)
+        else text_source(encoder, args.zoo, args.data_root, accelerator.mixed_precision == "bf16")
     )
     zoo, held_out = source.train, source.held_out
     accelerator.print(
         f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.prompted_tasks)} tasks ({time.perf_counter() - start:.0f} s)"
     )
 
-    def loop(steps: int, name: str, ema: float = 0.0) -> LoopConfig:
+    def loop(steps: int, **settings) -> LoopConfig:
+        defaults = {"train_batch_size": args.train_batch_size, "learning_rate": args.learning_rate}
         return LoopConfig(
             args.output_dir,
             steps,
-            args.train_batch_size,
-            args.learning_rate,
-            ema_decay=ema,
+            **defaults | settings,
             seed=args.seed,
             checkpointing_steps=args.checkpointing_steps,
             resume_from_checkpoint=args.resume_from_checkpoint,
@@ -121,9 +123,17 @@ def main():
         accelerator,
         vae,
         lambda m, r: vae_loss(m, zoo, r, source.function_loss),
-        loop(args.vae_steps or source.vae_steps, "vae"),
+        loop(args.vae_steps or source.vae_steps),
         "vae",
     )
+    if task_steps := source.task_steps if args.task_steps is None else args.task_steps:
+        train(
+            accelerator,
+            vae,
+            lambda m, r: vae_loss(m, zoo, r, source.task_loss),
+            loop(task_steps, train_batch_size=args.task_batch_size, learning_rate=args.task_learning_rate),
+            "vae-task",
+        )
     original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
     reconstructed = source.accuracy(source.state_dicts(held_out, reconstruct(vae, held_out)), held_out)
     skipped = False
@@ -145,7 +155,7 @@ def main():
         accelerator,
         denoiser,
         lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
-        loop(args.max_train_steps or source.max_train_steps, "denoiser", args.ema_decay),
+        loop(args.max_train_steps or source.max_train_steps, ema_decay=args.ema_decay),
         "denoiser",
     )
     if not accelerator.is_main_process:

@@ -150,6 +150,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused_first(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     code, _, err = run("generate", PROMPT, "--generator", "no/such", "--out", tmp_path / "file")
     assert code == 1 and "is a file; give a folder" in err and (tmp_path / "file").read_text() == "mine"
+    code, _, err = run("generate", PROMPT, "--generator", "no/such", "--out", tmp_path / "file" / "inside")
+    assert code == 1 and "is a file; give a folder" in err
 
 
 def test_a_broken_generator_is_named(generator, run, tmp_path):

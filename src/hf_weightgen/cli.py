@@ -17,7 +17,9 @@ app = typer.Typer(
 zoo_app = typer.Typer(no_args_is_help=True, help="Build model zoos.")
 app.add_typer(zoo_app, name="zoo")
 
-Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same weights.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; the same seed gives the same weights.")
+]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")]
 Format = Annotated[str, typer.Option("--format", help="'text' or 'json'.")]
 Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, or 'bundled'.")]
@@ -43,8 +45,9 @@ def generate(
 ):
     """Generate weights from a description of the task."""
     _check_format(format_)
-    if out is not None and out.is_file():
-        raise ValueError(f"--out {str(out)!r} is a file; give a folder.")
+    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out is not None else None
+    if file is not None:
+        raise ValueError(f"--out {str(out)!r}: {str(file)!r} is a file; give a folder.")
     import torch
 
     from .pipelines.pipeline_utils import WeightGenPipeline
@@ -139,7 +142,14 @@ def evaluate(
     pipe = WeightGenPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
     rows = evaluate_generator(
-        pipe, spec, data_root, zoo, n, seed, cache, on_row=lambda row: print(f"  {row['method']}", file=sys.stderr)
+        pipe,
+        spec,
+        data_root,
+        zoo,
+        n,
+        seed=seed,
+        cache=cache,
+        on_row=lambda row: print(f"  {row['method']}", file=sys.stderr),
     )
     command = f"hf-weightgen evaluate {spec.name} --n {n} --seed {seed}"
     if out is not None:

@@ -21,13 +21,14 @@ from tiny import LORA, adapter, random
 
 
 TEXTS = ["a gripping, funny film", "dull and far too long", ""]
+LABELS = ["bad", "good", "neither"]
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"]
 
 
 @pytest.fixture
 def output(pipe):
     pipe.vae.class_noise.fill_(1.0)
-    return pipe("sentiment on SST-2", labels=["bad", "good", "neither"], num_samples=2, generator=random(0))
+    return pipe("sentiment on SST-2", labels=LABELS, num_samples=2, generator=random(0))
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def test_the_card_tells_where_the_weights_come_from(output, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == MINILM
     assert card.data.pipeline_tag == "text-classification" and "lora" in card.data.tags
-    for told in ("sentiment on SST-2", "bad, good, neither", MINILM, f"seed: {output.seeds[1]}", "num_labels=3"):
+    for told in ("sentiment on SST-2", "bad, good, neither", MINILM, f"seed: {output.seeds[1]}", f"names = {LABELS}"):
         assert told in card.text
     assert str(tmp_path) not in card.text
 
@@ -104,7 +105,8 @@ def test_a_saved_folder_loads_without_this_library(output, tmp_path):
 import json, sys
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
-model = AutoPeftModelForSequenceClassification.from_pretrained({str(folder)!r}, num_labels=3)
+model = AutoPeftModelForSequenceClassification.from_pretrained({str(folder)!r}, id2label=dict(enumerate({LABELS})))
+assert [model.config.id2label[i] for i in range(3)] == {LABELS}
 inputs = AutoTokenizer.from_pretrained({MINILM!r})({TEXTS!r}, padding=True, return_tensors="pt")
 assert not [name for name in sys.modules if name.startswith("hf_weightgen")]
 print(json.dumps(model(**inputs).logits.tolist()))
@@ -137,7 +139,28 @@ def test_a_file_is_no_folder(output, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="`save_directory` '.*file' is a file"):
         output.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="'.*file' is a file"):
+        output.save_pretrained(tmp_path / "file" / "inside")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_samples_of_two_calls_are_not_mixed(output, pipe, tmp_path):
+    output.save_pretrained(tmp_path)
+    output.save_pretrained(tmp_path)  # as many as before replace them
+    three = pipe("sentiment on SST-2", num_samples=3, generator=random(0))
+    three.save_pretrained(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for fewer in (output, pipe("sentiment on SST-2", generator=random(0))):
+        with pytest.raises(ValueError, match="holds the sample '000[02]' of an earlier call.*another folder"):
+            fewer.save_pretrained(tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_an_output_tells_what_it_holds(output):
+    assert repr(output) == f"WeightGenOutput(2 samples for ['sentiment on SST-2'], seeds {output.seeds})"
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"no sample {index}: this output holds 2"):
+            output.to_model(index)
 
 
 def test_latents_cannot_be_saved(pipe, tmp_path):

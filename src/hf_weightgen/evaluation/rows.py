@@ -36,7 +36,8 @@ class TaskRows:
         members (sequence of state dicts): The zoo's training members of this task; may be empty.
         member_seeds (sequence, *optional*): The run of each member.
         reference (state dict, *optional*): See [`fix_gauge`].
-        n (`int`): Of best-of-n.
+        n (`int`): Networks per row.
+        samples (`int`): Of best-of-n.
         seed (`int`): From which the seed of every row is derived.
         test_limit, validation_limit (`int`, *optional*): See [`evaluation_subset`].
     """
@@ -49,12 +50,14 @@ class TaskRows:
         member_seeds: Sequence[Hashable] | None = None,
         reference: StateDict | None = None,
         n: int = 10,
+        samples: int = 10,
         seed: int = 0,
         test_limit: int | None = None,
         validation_limit: int | None = None,
     ):
         self._predict, self._known = predict, {}
-        self.spec, self.members, self.reference, self.n, self.seed = data.spec, list(members), reference, n, seed
+        self.spec, self.members, self.reference = data.spec, list(members), reference
+        self.n, self.samples, self.seed = n, samples, seed
         self.groups = None if member_seeds is None else list(member_seeds)
         self.train = data.train
         self.test = evaluation_subset(data.test, test_limit)
@@ -98,7 +101,7 @@ class TaskRows:
     def row(self, method, state_dicts, *, metric=None, pool=None, control=False, groups=None) -> dict:
         """
         The row of some networks. `pool` are the indices among which the best on validation is looked for (default:
-        the first n), for the methods of `SELECTED`. A `control` is meant to fail: it has no novelty.
+        the first `samples`), for the methods of `SELECTED`. A `control` is meant to fail: it has no novelty.
         """
         for i, state_dict in enumerate(state_dicts):
             for name, tensor in state_dict.items():
@@ -108,7 +111,7 @@ class TaskRows:
         row = self.summary(method, predictions, metric, groups)
         if control:
             return row
-        pool = list(range(len(state_dicts)))[: self.n] if pool is None else pool
+        pool = list(range(len(state_dicts)))[: self.samples] if pool is None else pool
         if len(pool) > 1 and method in SELECTED:
             validation = self.predict([state_dicts[i] for i in pool], self.validation)
             chosen = pool[int(score(validation, self.validation_labels, self.spec.metric).argmax())]

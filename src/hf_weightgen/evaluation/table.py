@@ -63,6 +63,7 @@ def honest_table(
     encoder=None,
     prompts: Sequence[str] | None = None,
     n: int = 10,
+    samples: int | None = None,
     seed: int = 0,
     known_tasks: Sequence[Mapping] = (),
     lookup_members: Mapping[str, Sequence[StateDict]] | None = None,
@@ -96,7 +97,9 @@ def honest_table(
         prompts (`Sequence[str]`, *optional*):
             What is asked for; the samples are spread over them. Default: the first prompts of the spec.
         n (`int`):
-            Networks per row, and the n of best-of-n.
+            Networks per row.
+        samples (`int`, *optional*):
+            Networks of the row `generated`, and the n of best-of-n. Default: `n`.
         seed (`int`):
             Every row draws from a generator of its own that is seeded by this, the task and the row's name.
         known_tasks (sequence of mappings), lookup_members (mapping by task name):
@@ -131,8 +134,10 @@ def honest_table(
         ValueError: If there is no prompt, n is below 1, or a generated network does not fit the task.
     """
     spec, labels = data.spec, list(data.spec.labels)
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1 network per row, got {n}.")
+    samples = n if samples is None else samples
+    for name, count in (("n", n), ("samples", samples)):
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1 network per row, got {count}.")
     prompts = list(spec.prompts[:SPREAD_PROMPTS] if prompts is None else prompts)
     if not prompts:
         raise ValueError(f"Task {spec.name!r} has no prompt; give at least one in `prompts`.")
@@ -140,7 +145,7 @@ def honest_table(
         raise ValueError(f"Expected one of `member_seeds` per member, {len(members)}, got {len(member_seeds)}.")
     if cache is not None:
         predict = cache.wrap(predict)
-    task = TaskRows(predict, data, members, member_seeds, reference, n, seed, test_limit, validation_limit)
+    task = TaskRows(predict, data, members, member_seeds, reference, n, samples, seed, test_limit, validation_limit)
     stored = {row["method"]: row for row in stored_rows or () if row["task"] == spec.name}
     rows: dict[str, dict] = {}
 
@@ -168,7 +173,7 @@ def honest_table(
             made += new
         return made
 
-    generated = sample("generated", prompts, labels, _spread(n, len(prompts)))
+    generated = sample("generated", prompts, labels, _spread(samples, len(prompts)))
     members, held_out = list(members), list(held_out)
     template = (members or held_out or generated)[0]
     add("random_init", lambda: task.row("random_init", baselines.random_init(template, n, task.generator("random"))))
@@ -204,7 +209,7 @@ def _majority(task: TaskRows) -> dict:
 def _zoo(task: TaskRows, majority_row: dict) -> dict:
     members = task.need_members()
     # the same n as best-of-n of the generator: a larger zoo would have more draws for its best
-    pool = torch.randperm(len(members), generator=task.generator("zoo"))[: task.n].tolist()
+    pool = torch.randperm(len(members), generator=task.generator("zoo"))[: task.samples].tolist()
     row = task.row("zoo", members, pool=pool, groups=task.groups)
     scores = score(task.predictions, task.labels, task.spec.metric)
     return row | {"counted": counts(scores, majority_row["mean"], len(task.labels), task.spec.metric)}

@@ -69,11 +69,18 @@ class WeightGenOutput(BaseOutput):
     latents: Tensor
     generator_id: str
 
+    def __repr__(self) -> str:
+        prompts = list(dict.fromkeys(self.prompts))
+        return f"{type(self).__name__}({len(self.labels)} samples for {prompts}, seeds {self.seeds})"
+
     def to_model(self, index: int = 0):
         """
         The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
         `id2label`, or a [`TargetModel`].
         """
+        count = len(self.weights)
+        if not -count <= index < count:
+            raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
         weights, names = self.weights[index], self.labels[index]
         id2label = dict(enumerate(names))
         label2id = {name: i for i, name in id2label.items()}
@@ -112,8 +119,16 @@ class WeightGenOutput(BaseOutput):
             raise ValueError(
                 "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
             )
-        if root.is_file():
-            raise ValueError(f"`save_directory` {str(root)!r} is a file; give a folder.")
+        file = next((path for path in (root, *root.parents) if path.is_file()), None)
+        if file is not None:
+            raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
+        count = 0 if len(self.weights) == 1 else len(self.weights)
+        old = sorted(p.name for p in root.glob("[0-9]" * 4) if int(p.name) >= count)
+        if old:
+            raise ValueError(
+                f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of "
+                "this call; give another folder, or delete it."
+            )
         folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
         for index, folder in enumerate(folders):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +269,10 @@ class WeightGenPipeline(DiffusionPipeline):
         for text in prompts:
             if not any(character.isalnum() for character in text):
                 raise ValueError(f"`prompt` {text!r} says nothing; describe the task, e.g. 'sentiment on SST-2'.")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(
+                    f"`prompt` {text!r} holds a lone surrogate, half of a character: read it anew with the right encoding."
+                )
             if len(text) > MAX_PROMPT_CHARACTERS:
                 raise ValueError(
                     f"`prompt` has {len(text):,} characters, expected at most {MAX_PROMPT_CHARACTERS:,}: the text encoder reads "
@@ -280,11 +299,10 @@ class WeightGenPipeline(DiffusionPipeline):
                 raise ValueError(f"`labels` must hold non-empty names, got {names!r}.")
             if len(names) < 2:
                 raise ValueError(f"`labels` must name at least 2 classes, got {names!r}.")
-            twice = {name.casefold() for name in names if [n.casefold() for n in names].count(name.casefold()) > 1}
+            plain = [name.strip().casefold() for name in names]
+            twice = sorted(name for name in plain if plain.count(name) > 1)
             if twice:
-                raise ValueError(
-                    f"`labels` names {sorted(twice)[0]!r} twice in {names!r}; classes need different names."
-                )
+                raise ValueError(f"`labels` names {twice[0]!r} twice in {names!r}; classes need different names.")
         return each
 
     def nearest_tasks(self, prompt_embeds: Tensor, count: int = 3) -> list[list[tuple[dict, float]]]:

@@ -17,12 +17,14 @@ from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Buck
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
+from ..zoo.build import training_pool
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
-from ..zoo.recipe import WIDE_TASK, lora_config, lora_settings
+from ..zoo.recipe import WIDE_TASK, ZooConfig, lora_config, lora_settings
 from ..zoo.schema import load_zoo, zoo_state_dicts
 from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
+from .function_loss import AdapterLoss, BatchDecoder
 
 
 PROMPT_CENTRES = 4  # per known task
@@ -36,7 +38,8 @@ class Source:
     Args:
         train, held_out: The rows, see [`ZooTensors`].
         runs: per task of `train`, one row number per independent run.
-        function_loss: See [`~training.objectives.vae_loss`].
+        vae_steps: Steps of the autoencoder with `function_loss`, see [`~training.objectives.vae_loss`].
+        task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does.
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
         thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
@@ -56,6 +59,8 @@ class Source:
     max_train_steps: int
     vae_settings: dict = field(default_factory=dict)
     function_loss: Callable | None = None
+    task_steps: int = 0
+    task_loss: Callable | None = None
     name_projection: tuple[Tensor, Tensor] | None = None
     majority: dict[str, tuple[float, int]] = field(default_factory=dict)
     zoo_scores: dict[str, float] = field(default_factory=dict)
@@ -154,7 +159,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     train = parts["train"]
     images = digit_images()["train"][0]
     counts = train.class_mask.sum(1)
-    decoders = {classes: _BatchDecoder(tokenizer, classes) for classes in counts.unique().tolist()}
+    decoders = {classes: BatchDecoder(tokenizer, classes) for classes in counts.unique().tolist()}
 
     def logits(tokens: Tensor, classes: int, probe: Tensor) -> Tensor:
         return mlp_logits(decoders[classes](tokens), probe, ACTIVATION).log_softmax(-1)
@@ -188,31 +193,13 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     )
 
 
-class _BatchDecoder:
+def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: bool = False) -> Source:
     """
-    `WeightTokenizer.decode` for many networks of one layout at once, and differentiable: decoding picks a token's scalar
-    for each weight, times a std, plus a mean, so its action on three token tensors tells all of it.
+    A zoo of LoRA adapters made by [`zoo.build`]: rows in the base adapter's gauge, heads with the class mean removed.
+
+    Args:
+        bf16: Read the sentences of the task loss under bfloat16 autocast.
     """
-
-    def __init__(self, tokenizer: WeightTokenizer, classes: int):
-        self.tokens = tokenizer.num_body_tokens(0) + classes
-        size = self.tokens * tokenizer.token_size
-        place = torch.arange(size, dtype=torch.float32)
-        zeros, ones, places = tokenizer.decode(
-            torch.stack([torch.zeros(size), torch.ones(size), place]).unflatten(1, (self.tokens, -1)),
-            num_classes=torch.full((3,), classes),
-        )
-        self.mean, self.std = zeros, {name: ones[name] - zeros[name] for name in zeros}
-        self.place = {name: ((places[name] - zeros[name]) / self.std[name]).round().long() for name in zeros}
-
-    def __call__(self, tokens: Tensor) -> dict[str, Tensor]:
-        """`(b, T + C or more, S)` to state dicts stacked: `{name: (b, *shape)}`."""
-        flat = tokens[:, : self.tokens].flatten(1)
-        return {name: flat[:, place] * self.std[name] + self.mean[name] for name, place in self.place.items()}
-
-
-def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source:
-    """A zoo of LoRA adapters made by [`zoo.build`]: rows in the base adapter's gauge, heads with the class mean removed."""
     dataset = load_zoo(zoo)
     split, task_names, seeds = dataset["split"], dataset["task"], dataset["seed"]
     base = next(zoo_state_dicts(dataset, [split.index(BASE)]))
@@ -272,6 +259,15 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None) -> Source
         thresholds,
         score,
         vae_steps=14000,
+        task_steps=3000,
+        task_loss=AdapterLoss(
+            target,
+            text_tokenizer,
+            tokenizer,
+            parts["train"],
+            lambda task: training_pool(data[task], ZooConfig()),
+            bf16,
+        ),
         # the calibrated noise is a mean over tasks; a quarter more brings most of them to the distance between runs
         vae_settings={"kl_weight": 1e-3, "noise_scale": 1.25},
         max_train_steps=5000,

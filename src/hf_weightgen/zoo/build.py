@@ -82,7 +82,7 @@ def train_members(
     generator = torch.Generator().manual_seed(seed_of(config.seed, spec.name))
     torch.manual_seed(seed_of(config.seed, spec.name, "dropout"))  # vmap draws dropout masks from the global generator
     target.eval()  # the prefix is computed without dropout
-    buckets = target.buckets(tokenizer, training_pool(data, max(config.pool, passes), config), config.max_length)
+    buckets = target.buckets(tokenizer, training_pool(data, config), config.max_length)
     names = encoder.embed(spec.labels)  # (C, E)
     head = head_of_names(base, names)
     params = {
@@ -175,8 +175,9 @@ def _checkpoint_steps(spec: TaskSpec, config: ZooConfig) -> dict[int, int]:
     return steps
 
 
-def training_pool(data: TaskData, limit: int, config: ZooConfig) -> Dataset:
+def training_pool(data: TaskData, config: ZooConfig) -> Dataset:
     """The sentences of a task that its members may read."""
+    limit = max(config.pool, config.passes_of.get(data.spec.name, config.passes))
     if data.spec.name not in config.longest_of:
         return evaluation_subset(data.train, limit)
     lengths = torch.tensor([len(text) for text in data.train["text"]])

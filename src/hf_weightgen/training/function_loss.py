@@ -1,0 +1,101 @@
+"""What decoded weights do, as a loss: generated adapters read sentences of their task.
+
+Weight-space error says little about accuracy: directions that matter and directions that do not count alike. And a
+decoder that only copies a zoo cannot be better than it. So a last part of the autoencoder's training asks the decoded
+adapters themselves to classify, as Text-to-LoRA does in its end-to-end training
+(https://huggingface.co/papers/2506.06105, section 3.2).
+
+Notation: b rows of a batch; T body tokens, C classes, S scalars per token.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+
+from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
+from ..weights.tokenization import WeightTokenizer
+from .batches import StepRandom, ZooTensors
+
+
+SENTENCES = 32  # that an adapter reads in a step
+EVERY = 4  # one of so many rows of a batch reads
+
+
+class BatchDecoder:
+    """
+    `WeightTokenizer.decode` for many networks of one layout at once, and differentiable: decoding picks a token's scalar
+    for each weight, times a std, plus a mean, so its action on three token tensors tells all of it.
+    """
+
+    def __init__(self, tokenizer: WeightTokenizer, classes: int):
+        self.tokens = tokenizer.num_body_tokens(0) + classes
+        size = self.tokens * tokenizer.token_size
+        place = torch.arange(size, dtype=torch.float32)
+        zeros, ones, places = tokenizer.decode(
+            torch.stack([torch.zeros(size), torch.ones(size), place]).unflatten(1, (self.tokens, -1)),
+            num_classes=torch.full((3,), classes),
+        )
+        self.mean, self.std = zeros, {name: ones[name] - zeros[name] for name in zeros}
+        self.place = {name: ((places[name] - zeros[name]) / self.std[name]).round().long() for name in zeros}
+
+    def __call__(self, tokens: Tensor) -> dict[str, Tensor]:
+        """`(b, T + C or more, S)` to state dicts stacked: `{name: (b, *shape)}`."""
+        flat = tokens[:, : self.tokens].flatten(1)
+        return {name: flat[:, place] * self.std[name] + self.mean[name] for name, place in self.place.items()}
+
+
+class AdapterLoss:
+    """
+    Cross-entropy of decoded adapters on training sentences of their tasks, a mean over the rows that read.
+
+    Args:
+        target: The network that wears the adapters.
+        text_tokenizer: The target's.
+        pool_of: `task name -> training sentences`, asked once a task: those that the zoo's members were allowed to read.
+        bf16: Compute the target under bfloat16 autocast. What its frozen prefix makes of the sentences is kept in memory,
+            in bfloat16 either way: about 3 GB for 26 tasks of 4,000 sentences.
+    """
+
+    def __init__(
+        self,
+        target: AdapterTarget,
+        text_tokenizer,
+        weight_tokenizer: WeightTokenizer,
+        zoo: ZooTensors,
+        pool_of: Callable[[str], Dataset],
+        bf16: bool = False,
+    ):
+        self.target, self.zoo, self.bf16 = target, zoo, bf16
+        self._decoder = functools.cache(lambda classes: BatchDecoder(weight_tokenizer, classes))
+        self._buckets = functools.cache(lambda task: self._read(text_tokenizer, pool_of(task)))
+
+    def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
+        """See [`~training.objectives.vae_loss`]; the originals `truth` are not asked."""
+        which, sentences = random.uniform(purpose=22), random.uniform(SENTENCES, purpose=23)
+        loss = tokens.new_zeros(())
+        reading = range(0, len(index), EVERY)
+        for i in reading:
+            task = int(self.zoo.task_of[index[i]])
+            name = self.zoo.tasks[task]
+            if name not in self.zoo.prompted_tasks:
+                continue  # the shared start has no sentences of its own
+            weights = self._decoder(int(self.zoo.class_mask[task].sum()))(tokens[i : i + 1].float())
+            buckets = self._buckets(name)
+            bucket = buckets[int(which[i] * len(buckets))]
+            picked = (sentences[i] * len(bucket.rows)).long()
+            params = {inner: weights[name] for name, inner in self.target.names.items()}
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = bucket.hidden[picked] if self.bf16 else bucket.hidden[picked].float()
+                pooled = self.target.pooled(params, hidden, bucket.mask[picked])
+            logits = F.linear(pooled[0].float(), weights[WEIGHT][0], weights[BIAS][0])
+            loss = loss + F.cross_entropy(logits, bucket.labels[picked])
+        return loss / len(reading)
+
+    def _read(self, text_tokenizer, pool: Dataset) -> list[Bucket]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            buckets = self.target.buckets(text_tokenizer, pool)
+        return [Bucket(b.hidden.bfloat16(), b.mask, b.labels, b.rows) for b in buckets]
