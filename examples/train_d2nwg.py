@@ -18,6 +18,7 @@ from hf_weightgen.hub import write_card
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
+from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.d2nwg import (
     GateError,
     calibrate_noise,
@@ -110,6 +111,9 @@ def main():
             resume_from_checkpoint=args.resume_from_checkpoint,
         )
 
+    vae_steps, max_train_steps = args.vae_steps or source.vae_steps, args.max_train_steps or source.max_train_steps
+    task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
+
     # Stage 1: the autoencoder, and whether its reconstructions still work
     vae = WeightVAE(
         WeightVAEConfig(
@@ -123,10 +127,10 @@ def main():
         accelerator,
         vae,
         lambda m, r: vae_loss(m, zoo, r, source.function_loss),
-        loop(args.vae_steps or source.vae_steps),
+        loop(vae_steps),
         "vae",
     )
-    if task_steps := source.task_steps if args.task_steps is None else args.task_steps:
+    if task_steps:
         train(
             accelerator,
             vae,
@@ -155,7 +159,7 @@ def main():
         accelerator,
         denoiser,
         lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
-        loop(args.max_train_steps or source.max_train_steps, ema_decay=args.ema_decay),
+        loop(max_train_steps, ema_decay=args.ema_decay),
         "denoiser",
     )
     if not accelerator.is_main_process:
@@ -200,7 +204,12 @@ def main():
         + " examples/train_d2nwg.py"
         + (f" --zoo {args.zoo}" if args.zoo else ""),
         notes=notes,
-        facts={"denoiser": args.denoiser, "prediction type": args.prediction_type, "seed": args.seed},
+        datasets=sorted({get_task(task).dataset_id for task in zoo.prompted_tasks}) if args.zoo else (),
+        facts={
+            "seed": args.seed,
+            "autoencoder": f"{vae_steps} steps" + f", {task_steps} more with the task loss" * bool(task_steps),
+            "denoiser": f"{args.denoiser}, {args.prediction_type}, {max_train_steps} steps",
+        },
     )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")

@@ -18,7 +18,7 @@ from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.targets.tasks import TaskSpec
 from hf_weightgen.weights.lora import split_lora
 from hf_weightgen.zoo.build import build_zoo
-from hf_weightgen.zoo.recipe import LOGIT_SCALE, ZooConfig
+from hf_weightgen.zoo.recipe import LOGIT_SCALE, ZooConfig, config_of
 from hf_weightgen.zoo.schema import ZooFolder, load_zoo, row_to_state_dict, zoo_state_dicts
 from hf_weightgen.zoo.start import head_of_names
 
@@ -115,6 +115,7 @@ def test_rows_tell_what_they_are(rows, root):
     assert row["labels"] == ["good", "bad", "mixed"] and row["text"] == "sentiment of films"
     assert row["arch"]["base_model"] == MINILM and row["arch"]["layers_to_transform"] == [4, 5]
     told = row["provenance"]
+    assert config_of(told) == CONFIG
     assert told["dataset"] == str(root / "pairs") and told["data_revision"].startswith("content:")
     assert told["removed_duplicates"] == 0 and told["sentence_passes"] == 96
     assert told["hyper_parameters"]["seeds"] == 2 and told["hyper_parameters"]["lr"] == CONFIG.lr

@@ -19,7 +19,7 @@ from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
 from ..zoo.build import training_pool
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
-from ..zoo.recipe import WIDE_TASK, ZooConfig, lora_config, lora_settings
+from ..zoo.recipe import WIDE_TASK, config_of, lora_config, lora_settings
 from ..zoo.schema import load_zoo, zoo_state_dicts
 from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
@@ -235,7 +235,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
         runs.append(list(last.values()))
     data = load_tasks([*specs, wide] if wide not in specs else specs, data_root)
     target = AdapterTarget(load_classifier(MINILM, num_labels=2), lora_config())
-    text_tokenizer = load_tokenizer(MINILM)
+    text_tokenizer, config = load_tokenizer(MINILM), config_of(dataset["provenance"][split.index(BASE)])
 
     @functools.cache
     def test_buckets(task: str) -> list[Bucket]:
@@ -265,11 +265,10 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
             text_tokenizer,
             tokenizer,
             parts["train"],
-            lambda task: training_pool(data[task], ZooConfig()),
+            lambda task: training_pool(data[task], config),
             bf16,
         ),
-        # the calibrated noise is a mean over tasks; a quarter more brings most of them to the distance between runs
-        vae_settings={"kl_weight": 1e-3, "noise_scale": 1.25},
+        vae_settings={"kl_weight": 1e-3},
         max_train_steps=5000,
         samples=5,
         name_projection=name_projection(base),

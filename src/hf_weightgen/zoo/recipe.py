@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,6 +116,13 @@ def provenance_of(config: ZooConfig, sentence_passes: int) -> dict:
         "versions": versions(),
         "sentence_passes": sentence_passes,
     }
+
+
+def config_of(provenance: Mapping) -> ZooConfig:
+    """The configuration that a row's provenance tells of; what an older row does not tell is as it is now."""
+    told = provenance["hyper_parameters"]
+    known = {name: told[name] for name in (entry.name for entry in fields(ZooConfig)) if name in told}
+    return ZooConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
 def check_same_config(path: Path, config: ZooConfig) -> None:
