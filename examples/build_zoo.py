@@ -3,6 +3,7 @@
     python examples/build_zoo.py runs/text-zoo                                  # datasets from the Hub
     python examples/build_zoo.py runs/text-zoo --data_root PATH                 # from local copies under their Hub ids
     python examples/build_zoo.py runs/text-zoo --merge runs/text-zoo-f16        # one compact float16 file as well
+    python examples/build_zoo.py runs/text-zoo --merge runs/text-zoo-f16 --leave_out 0   # of the two later checkpoints
 
 The run may be killed at any time; the same command continues.
 """
@@ -21,12 +22,13 @@ def main():
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--bf16", action="store_true", help="Train under bfloat16 autocast.")
     parser.add_argument("--merge", type=Path, help="Also write the finished zoo compactly, weights in float16.")
+    parser.add_argument("--leave_out", type=int, nargs="*", default=[], help="Checkpoints that --merge leaves out.")
     args = parser.parse_args()
     specs, base_only = default_tasks()
     zoo = build_zoo(specs, args.folder, ZooConfig(bf16=args.bf16), args.data_root, base_only)
     print(f"{len(zoo.finished())} rows in {args.folder}")
     if args.merge:
-        print(*merge(args.folder, args.merge), sep="\n")
+        print(*merge(args.folder, args.merge, leave_out=[f"-c{i}" for i in args.leave_out]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ def main():
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--tasks", nargs="*", help="Known tasks or JSON files. Default: all that the generator knows.")
     parser.add_argument("--n", type=int, default=10, help="Networks per row.")
-    parser.add_argument(
-        "--samples", type=int, help="Networks of the row 'generated', and n of best-of-n. Default: --n."
-    )
+    parser.add_argument("--best_of", type=int, help="Samples that the best one is chosen from. Default: --n.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--bf16", action="store_true", help="Predict under bfloat16 autocast: faster, and a few predictions differ."
@@ -52,7 +50,7 @@ def main():
     for spec in missing:
         print(spec.name, file=sys.stderr, flush=True)
         new = evaluate_generator(
-            pipe, spec, args.data_root, args.zoo, args.n, args.samples, args.seed, data=data[spec.name], bf16=args.bf16
+            pipe, spec, args.data_root, args.zoo, args.n, args.best_of, args.seed, data=data[spec.name], bf16=args.bf16
         )
         rows += new
         print(format_table(new), flush=True)
@@ -70,7 +68,7 @@ def command_of(args) -> str:
     parts += [f"--generator {args.generator}"] * (args.generator != "bundled")
     parts += [f"--zoo {Path(args.zoo).name if Path(args.zoo).is_absolute() else args.zoo}"] if args.zoo else []
     parts += ["--tasks " + " ".join(Path(name).name for name in args.tasks)] if args.tasks else []
-    parts += [f"--samples {args.samples}"] if args.samples else []
+    parts += [f"--best_of {args.best_of}"] if args.best_of else []
     return " ".join([*parts, f"--n {args.n} --seed {args.seed}", *["--bf16"] * args.bf16])
 
 

@@ -381,6 +381,12 @@ def test_a_published_zoo_can_be_merged_again(tmp_path):
     assert load_zoo(full).features == FEATURES
 
 
+def test_merge_leaves_rows_out_by_their_ids(tmp_path):
+    ZooFolder(tmp_path / "zoo").add("x", rows_of("a-s0-c0", "a-s0-c1", "base"))
+    merge(tmp_path / "zoo", tmp_path / "out", leave_out=["-c0"])
+    assert load_zoo(tmp_path / "out")["id"][:] == ["a-s0-c1", "base"]
+
+
 def test_half_refuses_what_float16_cannot_hold(tmp_path):
     rows = [*rows_of("a"), row_of({"small": torch.ones(2), "large": torch.tensor([1.0, -70_000.0])}, "b")]
     ZooFolder(tmp_path / "zoo").add("x", rows)

@@ -52,7 +52,7 @@ def evaluate_generator(
     data_root: str | Path | None = None,
     zoo: str | Path | None = None,
     n: int = 10,
-    samples: int | None = None,
+    best_of: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     data: TaskData | None = None,
@@ -67,7 +67,7 @@ def evaluate_generator(
         spec: A known task, or one of your own.
         data_root: Folder with datasets under their Hub ids.
         zoo: Folder or Hub id of the zoo; without it the rows that need members are the ones stored beside the generator.
-        n, samples: Networks per row, and of the row `generated`.
+        n, best_of: Networks per row, and of how many samples the best is chosen.
         data: The task's splits if they are loaded already. Default: loaded together with all known tasks, so that
             texts that stand in another task's test split are kept out.
         bf16: Predict under bfloat16 autocast, which is faster where the processor has it and changes a few predictions;
@@ -100,7 +100,7 @@ def evaluate_generator(
 
     return honest_table(
         generate, Predictor(pipe.config.target, bf16), data, members.get(spec.name, ()), held_out.get(spec.name, ()), start,
-        reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, samples=samples, seed=seed,
+        reconstruct=reconstruct if reference is not None else None, encoder=pipe.encoder, n=n, best_of=best_of, seed=seed,
         known_tasks=[{**task, "prompts": TASKS[name].prompts} for name, task in known.items() if name in TASKS],
         lookup_members=members, member_seeds=seeds.get(spec.name), mismatched_prompts=[others[i].prompts[0] for i in chosen],
         reference=reference, stored_rows=stored_rows(pipe), cache=PredictionCache(cache, context=f"{pipe.config.target['base_model']} bf16={bf16}") if cache else None, on_row=on_row,

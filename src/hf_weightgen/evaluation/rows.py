@@ -37,7 +37,7 @@ class TaskRows:
         member_seeds (sequence, *optional*): The run of each member.
         reference (state dict, *optional*): See [`fix_gauge`].
         n (`int`): Networks per row.
-        samples (`int`): Of best-of-n.
+        best_of (`int`): How many networks the best one is chosen from.
         seed (`int`): From which the seed of every row is derived.
         test_limit, validation_limit (`int`, *optional*): See [`evaluation_subset`].
     """
@@ -50,14 +50,14 @@ class TaskRows:
         member_seeds: Sequence[Hashable] | None = None,
         reference: StateDict | None = None,
         n: int = 10,
-        samples: int = 10,
+        best_of: int = 10,
         seed: int = 0,
         test_limit: int | None = None,
         validation_limit: int | None = None,
     ):
         self._predict, self._known = predict, {}
         self.spec, self.members, self.reference = data.spec, list(members), reference
-        self.n, self.samples, self.seed = n, samples, seed
+        self.n, self.best_of, self.seed = n, best_of, seed
         self.groups = None if member_seeds is None else list(member_seeds)
         self.train = data.train
         self.test = evaluation_subset(data.test, test_limit)
@@ -100,8 +100,8 @@ class TaskRows:
 
     def row(self, method, state_dicts, *, metric=None, pool=None, control=False, groups=None) -> dict:
         """
-        The row of some networks. `pool` are the indices among which the best on validation is looked for (default:
-        the first `samples`), for the methods of `SELECTED`. A `control` is meant to fail: it has no novelty.
+        The row of some networks. `pool` are those among which the best on validation is looked for (default: the first
+        `best_of` of the row's own), for the methods of `SELECTED`. A `control` is meant to fail: it has no novelty.
         """
         for i, state_dict in enumerate(state_dicts):
             for name, tensor in state_dict.items():
@@ -111,11 +111,11 @@ class TaskRows:
         row = self.summary(method, predictions, metric, groups)
         if control:
             return row
-        pool = list(range(len(state_dicts)))[: self.samples] if pool is None else pool
+        pool = list(state_dicts)[: self.best_of] if pool is None else pool
         if len(pool) > 1 and method in SELECTED:
-            validation = self.predict([state_dicts[i] for i in pool], self.validation)
-            chosen = pool[int(score(validation, self.validation_labels, self.spec.metric).argmax())]
-            row["best"] = float(score(predictions[chosen : chosen + 1], self.labels, self.spec.metric)[0])
+            validation = score(self.predict(pool, self.validation), self.validation_labels, self.spec.metric)
+            chosen = self.predict([pool[int(validation.argmax())]], self.test)
+            row["best"] = float(score(chosen, self.labels, self.spec.metric)[0])
             row["best_of"] = len(pool)
         labels = torch.as_tensor(self.labels)
         if method == "zoo":

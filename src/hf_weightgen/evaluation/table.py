@@ -63,7 +63,7 @@ def honest_table(
     encoder=None,
     prompts: Sequence[str] | None = None,
     n: int = 10,
-    samples: int | None = None,
+    best_of: int | None = None,
     seed: int = 0,
     known_tasks: Sequence[Mapping] = (),
     lookup_members: Mapping[str, Sequence[StateDict]] | None = None,
@@ -98,8 +98,8 @@ def honest_table(
             What is asked for; the samples are spread over them. Default: the first prompts of the spec.
         n (`int`):
             Networks per row.
-        samples (`int`, *optional*):
-            Networks of the row `generated`, and the n of best-of-n. Default: `n`.
+        best_of (`int`, *optional*):
+            How many samples, or members of the zoo, the best on validation is chosen from. Default: `n`.
         seed (`int`):
             Every row draws from a generator of its own that is seeded by this, the task and the row's name.
         known_tasks (sequence of mappings), lookup_members (mapping by task name):
@@ -134,10 +134,10 @@ def honest_table(
         ValueError: If there is no prompt, n is below 1, or a generated network does not fit the task.
     """
     spec, labels = data.spec, list(data.spec.labels)
-    samples = n if samples is None else samples
-    for name, count in (("n", n), ("samples", samples)):
+    best_of = n if best_of is None else best_of
+    for name, count in (("n", n), ("best_of", best_of)):
         if count < 1:
-            raise ValueError(f"`{name}` must be at least 1 network per row, got {count}.")
+            raise ValueError(f"`{name}` must be at least 1 network, got {count}.")
     prompts = list(spec.prompts[:SPREAD_PROMPTS] if prompts is None else prompts)
     if not prompts:
         raise ValueError(f"Task {spec.name!r} has no prompt; give at least one in `prompts`.")
@@ -145,7 +145,7 @@ def honest_table(
         raise ValueError(f"Expected one of `member_seeds` per member, {len(members)}, got {len(member_seeds)}.")
     if cache is not None:
         predict = cache.wrap(predict)
-    task = TaskRows(predict, data, members, member_seeds, reference, n, samples, seed, test_limit, validation_limit)
+    task = TaskRows(predict, data, members, member_seeds, reference, n, best_of, seed, test_limit, validation_limit)
     stored = {row["method"]: row for row in stored_rows or () if row["task"] == spec.name}
     rows: dict[str, dict] = {}
 
@@ -173,7 +173,7 @@ def honest_table(
             made += new
         return made
 
-    generated = sample("generated", prompts, labels, _spread(samples, len(prompts)))
+    generated, candidates = (sample("generated", prompts, labels, _spread(k, len(prompts))) for k in (n, best_of))
     members, held_out = list(members), list(held_out)
     template = (members or held_out or generated)[0]
     add("random_init", lambda: task.row("random_init", baselines.random_init(template, n, task.generator("random"))))
@@ -193,7 +193,7 @@ def honest_table(
     }.items():
         add(method, lambda m=method, make=make: task.need_members() and task.row(m, make(task.generator(m))))
     add("reconstruction", lambda: _reconstruction(task, reconstruct, held_out or members))
-    add("generated", lambda: _generated(task, generated, held_out, rows["zoo"]))
+    add("generated", lambda: _generated(task, generated, candidates, held_out, rows["zoo"]))
     add("generated_held_out_prompts", lambda: _held_out_prompts(task, sample, labels))
     add("generated_mismatched", lambda: _mismatched(task, sample, labels, mismatched_prompts))
     add("generated_swapped", lambda: _swapped(task, sample, labels, prompts, generated))
@@ -209,7 +209,8 @@ def _majority(task: TaskRows) -> dict:
 def _zoo(task: TaskRows, majority_row: dict) -> dict:
     members = task.need_members()
     # the same n as best-of-n of the generator: a larger zoo would have more draws for its best
-    pool = torch.randperm(len(members), generator=task.generator("zoo"))[: task.samples].tolist()
+    order = torch.randperm(len(members), generator=task.generator("zoo"))[: task.best_of].tolist()
+    pool = [members[i] for i in order]
     row = task.row("zoo", members, pool=pool, groups=task.groups)
     scores = score(task.predictions, task.labels, task.spec.metric)
     return row | {"counted": counts(scores, majority_row["mean"], len(task.labels), task.spec.metric)}
@@ -277,8 +278,8 @@ def _reconstruction(task: TaskRows, reconstruct, originals: Sequence[StateDict])
     return row | {"loss": {"mean": float((before - after).mean()), "max": float((before - after).max())}}
 
 
-def _generated(task: TaskRows, generated, held_out: Sequence[StateDict], zoo_row: dict) -> dict:
-    row = task.row("generated", generated)
+def _generated(task: TaskRows, generated, candidates, held_out: Sequence[StateDict], zoo_row: dict) -> dict:
+    row = task.row("generated", generated, pool=candidates)
     predictions = task.predict(generated, task.test)
     if task.members:
         row["difference"] = task.difference(predictions, task.predictions, task.groups)

@@ -399,7 +399,7 @@ def load_zoo(
     return zoo
 
 
-def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: int = 1) -> list[Path]:
+def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: int = 1, leave_out=()) -> list[Path]:
     """
     Writes a zoo compactly for publication: rows sorted by id, the same bytes for the same rows.
 
@@ -408,6 +408,7 @@ def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: in
         out (`str` or `Path`): A `.parquet` file, or a folder that gets `data/train-00000-of-0000n.parquet`.
         half (`bool`): Whether the weights are rounded to float16.
         num_shards (`int`): How many files a folder gets.
+        leave_out (sequence of `str`): Ends of the ids of rows that are not written, as `"-c0"` for first checkpoints.
 
     Returns:
         `list[Path]`: The files written.
@@ -415,7 +416,7 @@ def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: in
     Raises:
         ValueError: If a shard is damaged, float16 cannot hold a weight, or `out` holds other shards.
     """
-    rows, out = ZooFolder(folder).index(), Path(out)
+    out, rows = Path(out), [row for row in ZooFolder(folder).index() if not row[0].endswith(tuple(leave_out))]
     most = 1 if out.suffix == ".parquet" else max(1, len(rows))
     if not 1 <= num_shards <= most:
         raise ValueError(f"`num_shards` must be 1 to {most} for {len(rows)} rows in {out}, got {num_shards}.")
