@@ -172,7 +172,8 @@ def _criteria_of_unseen(tasks: dict[str, dict[str, dict]]) -> list[str]:
         pairs = [pair for pair in pairs if pair[1] is not None]
         if pairs:
             lines.append(f"- generated above {rival}: {sum(mine > its for mine, its in pairs)} of {len(pairs)}")
-    return ["No member of these tasks or of their families is in the zoo.", "", *lines]
+    about = "No member of these tasks or of their families is in the zoo. The task files are the caller's own."
+    return [about, "", *lines]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
