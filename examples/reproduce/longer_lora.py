@@ -41,9 +41,9 @@ def main():
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     missing = [spec for spec in specs if not any(row["task"] == spec.name for row in rows)]
     data = load_tasks([*missing, *(t for t in TASKS.values() if t not in missing)], args.data_root) if missing else {}
-    command = (
-        f"python examples/reproduce/longer_lora.py --passes {args.passes} --seeds {args.seeds}" + " --bf16" * args.bf16
-    )
+    parts = [f"python examples/reproduce/longer_lora.py --passes {args.passes} --seeds {args.seeds}"]
+    parts += ["--bf16"] * args.bf16 + (["--tasks", *args.tasks] if args.tasks else [])
+    command = " ".join(parts)
     base = zoo_members(args.zoo)[3]
     config = ZooConfig(seeds=args.seeds, passes=args.passes, passes_of={}, checkpoints=(1.0,), bf16=args.bf16, seed=1)
     target, tokenizer = AdapterTarget(load_classifier(MINILM, num_labels=2), lora_config()), load_tokenizer(MINILM)
