@@ -50,7 +50,15 @@ def main():
     for spec in missing:
         print(spec.name, file=sys.stderr, flush=True)
         new = evaluate_generator(
-            pipe, spec, args.data_root, args.zoo, args.n, args.best_of, args.seed, data=data[spec.name], bf16=args.bf16
+            pipe,
+            spec,
+            args.data_root,
+            args.zoo,
+            n=args.n,
+            best_of=args.best_of,
+            seed=args.seed,
+            data=data[spec.name],
+            bf16=args.bf16,
         )
         rows += new
         print(format_table(new), flush=True)

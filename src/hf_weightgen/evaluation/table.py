@@ -173,7 +173,8 @@ def honest_table(
             made += new
         return made
 
-    generated, candidates = (sample("generated", prompts, labels, _spread(k, len(prompts))) for k in (n, best_of))
+    generated = sample("generated", prompts, labels, _spread(n, len(prompts)))
+    candidates = generated if best_of == n else sample("generated", prompts, labels, _spread(best_of, len(prompts)))
     members, held_out = list(members), list(held_out)
     template = (members or held_out or generated)[0]
     add("random_init", lambda: task.row("random_init", baselines.random_init(template, n, task.generator("random"))))

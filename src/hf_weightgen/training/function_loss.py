@@ -10,6 +10,7 @@ Notation: b rows of a batch; T body tokens, C classes, S scalars per token.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,7 @@ class AdapterLoss:
         bf16: bool = False,
     ):
         self.target, self.zoo, self.bf16 = target, zoo, bf16
+        self._places = target.names
         self._decoder = functools.cache(lambda classes: BatchDecoder(weight_tokenizer, classes))
         self._buckets = functools.cache(lambda task: self._read(text_tokenizer, pool_of(task)))
 
@@ -79,15 +81,14 @@ class AdapterLoss:
         loss = tokens.new_zeros(())
         reading = range(0, len(index), EVERY)
         for i in reading:
+            if index[i] == self.zoo.start:
+                continue  # it has no sentences of its own
             task = int(self.zoo.task_of[index[i]])
-            name = self.zoo.tasks[task]
-            if name not in self.zoo.prompted_tasks:
-                continue  # the shared start has no sentences of its own
             weights = self._decoder(int(self.zoo.class_mask[task].sum()))(tokens[i : i + 1].float())
-            buckets = self._buckets(name)
+            buckets = self._buckets(self.zoo.tasks[task])
             bucket = buckets[int(which[i] * len(buckets))]
             picked = (sentences[i] * len(bucket.rows)).long()
-            params = {inner: weights[name] for name, inner in self.target.names.items()}
+            params = {inner: weights[name] for name, inner in self._places.items()}
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
                 hidden = bucket.hidden[picked] if self.bf16 else bucket.hidden[picked].float()
                 pooled = self.target.pooled(params, hidden, bucket.mask[picked])
@@ -98,4 +99,4 @@ class AdapterLoss:
     def _read(self, text_tokenizer, pool: Dataset) -> list[Bucket]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             buckets = self.target.buckets(text_tokenizer, pool)
-        return [Bucket(b.hidden.bfloat16(), b.mask, b.labels, b.rows) for b in buckets]
+        return [replace(bucket, hidden=bucket.hidden.bfloat16()) for bucket in buckets]
