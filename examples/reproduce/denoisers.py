@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.table import write_results
 from hf_weightgen.hub import add_figures
+from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.training.d2nwg import make_denoiser, make_schedulers, reconstruct, scaled_latents
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss
@@ -46,6 +47,7 @@ def main():
     pipe = WeightGenPipeline.from_pretrained(args.generator)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.config.noise_scale = 0.0
+    own = f"{'mlp' if isinstance(pipe.unet, WeightDenoiser) else 'unet'} {pipe.config.prediction_type}"
     source = text_source(pipe.encoder, args.zoo, args.data_root)
     zoo, held_out, vae = source.train, source.held_out, pipe.vae
     latents, log_stds = scaled_latents(vae, zoo)
@@ -91,10 +93,12 @@ def main():
             | {"parameters": sum(p.numel() for p in pipe.unet.parameters())}
         )
         print(rows[-1], flush=True)
-    command = f"python examples/reproduce/denoisers.py --seconds {args.seconds:g} --samples {args.samples} --seed {args.seed}"
+    given = f"--zoo {args.zoo} --seconds {args.seconds:g} --samples {args.samples} --seed {args.seed}"
+    command = f"python examples/reproduce/denoisers.py {given} --out {args.out}"
     write_results(args.out, "denoisers", command, args.seed, rows)
     if args.card:
-        add_figures(args.card, "Denoisers at equal training time", command, summary(rows))
+        default = f"The generator's own is {own}, trained for longer."
+        add_figures(args.card, "Denoisers at equal training time", command, f"{summary(rows)}\n\n{default}")
 
 
 def summary(rows: list[dict]) -> str:
