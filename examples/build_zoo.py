@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from hf_weightgen.zoo.build import build_zoo
+from hf_weightgen.zoo.folder import merge
 from hf_weightgen.zoo.recipe import ZooConfig, default_tasks
-from hf_weightgen.zoo.schema import merge
 
 
 def main():

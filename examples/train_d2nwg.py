@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_weightgen.evaluation.baselines import average, gaussian
-from hf_weightgen.hub import write_card
+from hf_weightgen.hub.cards import write_card
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder

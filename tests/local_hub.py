@@ -80,8 +80,8 @@ class Repo:
 class Fault:
     """
     What happens instead of, or to, the next `times` requests that match. `status` answers with it; `cut` closes the
-    connection after so many bytes of the body were read (uploads) or sent (downloads); `action` runs before the
-    request is served as usual.
+    connection after so many bytes of the body were read (uploads) or sent (downloads), or, with `after`, of the answer to
+    an upload that was served; `action` runs before the request is served as usual.
     """
 
     method: str
@@ -89,6 +89,7 @@ class Fault:
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
+    after: bool = False
     action: Callable[[], None] | None = None
     times: int = 1
 
@@ -152,6 +153,10 @@ class LocalHub:
         """Bytes of the bodies of all requests that match."""
         return sum(size for m, p, size in self.requests if m == method and re.search(path, p))
 
+    def requested(self, method: str, path: str) -> int:
+        """How many requests match."""
+        return sum(m == method and bool(re.search(path, p)) for m, p, _ in self.requests)
+
     def put(self, kind: str, repo_id: str, files: dict[str, bytes | str], **repo) -> str:
         """A commit on main made on the server itself, for what no client would send."""
         blobs = {path: _blob(path, data.encode() if isinstance(data, str) else data) for path, data in files.items()}
@@ -210,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.cut = None
         fault = self.hub.take_fault(self.command, url.path)
         length = int(self.headers.get("Content-Length") or 0)
-        if fault is not None and fault.cut is not None and length:
+        if fault is not None and fault.cut is not None and length and not fault.after:
             self.rfile.read(min(fault.cut, length))
             return self._hang_up()
         self.body = self.rfile.read(length) if length else self._read_chunks()
@@ -285,7 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", kind, owner, name, *action] if kind in KINDS:
                 self._api(kind, f"{owner}/{name}", action)
             case ["lfs", kind, owner, name, oid] if self.command == "PUT":
-                self._repo(kind, f"{owner}/{name}")  # like a signed address: no token is sent here
+                if (kind, f"{owner}/{name}") not in self.hub.repos:  # a signed address: it comes without a token
+                    raise Refused(404, "Repository not found", "RepoNotFound")
                 if hashlib.sha256(self.body).hexdigest() != oid:
                     raise Refused(400, "the content is not what its hash says")
                 self.hub.objects[oid] = Blob(self.body, len(self.body), oid[:40], oid)

@@ -198,5 +198,5 @@ def test_the_module_runs_and_an_unknown_generator_is_one_line():
     command = [sys.executable, "-m", "hf_weightgen.cli", "generate", PROMPT, "--generator", "acme/nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("Error: Generator 'acme/nothing' was not found")
+    assert done.stderr.splitlines()[-1].startswith("Error: Loading 'acme/nothing' failed: there is no such")
     assert "Traceback" not in done.stderr

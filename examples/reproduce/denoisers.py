@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.hub import add_figures
+from hf_weightgen.hub.cards import add_figures
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.training.d2nwg import make_denoiser, make_schedulers, reconstruct, scaled_latents
 from hf_weightgen.training.loop import LoopConfig, train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_weightgen.evaluation.generator import zoo_members
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.hub import add_figures
+from hf_weightgen.hub.cards import add_figures
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_encoder, load_tokenizer
 from hf_weightgen.targets.functional import AdapterTarget
 from hf_weightgen.targets.tasks import TASKS, get_task

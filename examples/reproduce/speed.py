@@ -16,7 +16,7 @@ import torch
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.hub import add_figures
+from hf_weightgen.hub.cards import add_figures
 
 
 def main():

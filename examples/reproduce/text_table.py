@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from hf_weightgen import WeightGenPipeline
-from hf_weightgen.evaluation.generator import EVALUATION, evaluate_generator
+from hf_weightgen.evaluation.generator import evaluate_generator
 from hf_weightgen.evaluation.table import format_table, write_results
-from hf_weightgen.hub import add_figures
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
 from hf_weightgen.targets.tasks import TASKS, get_task, load_task_spec
 from hf_weightgen.zoo.tasks import load_tasks
 
@@ -66,6 +66,7 @@ def main():
     print(summary(rows))
     if args.card and seen:
         write_results(args.card / EVALUATION, "d2nwg_text", command, args.seed, rows)
+        add_results(args.card, rows, {spec.name: spec.dataset_id for spec in specs})
     if args.card:
         add_figures(args.card, "Figures" if seen else "Unseen tasks", command, summary(rows))
 

@@ -157,6 +157,44 @@ def evaluate(
     print(json.dumps(rows, indent=1) if format_ == "json" else format_table(rows))
 
 
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved generator, adapter or network, or a zoo.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to, as NAMESPACE/NAME; created if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option(help="Who may see a new repository. Default: your namespace's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made from main if it is not there.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    remote_code: Annotated[
+        bool, typer.Option(help="Add the code that stock diffusers or transformers load with trust_remote_code=True.")
+    ] = False,
+    half: Annotated[bool, typer.Option(help="Round the weights of a zoo to float16.")] = False,
+):
+    """Publish to the Hub, with its card and in one commit; the token is that of `hf auth login` or HF_TOKEN."""
+    from .hub.publish import kind_of
+
+    kind = kind_of(folder)
+    if kind == "zoo" and remote_code:
+        raise ValueError("--remote-code: a zoo has no code.")
+    if kind != "zoo" and half:
+        raise ValueError(f"--half is for zoos; {str(folder)!r} is a {kind}, published as it was saved.")
+    settings = {"private": private, "revision": revision, "commit_message": message}
+    if kind == "zoo":
+        from .zoo.folder import push_zoo
+
+        commit = push_zoo(folder, repo_id, half=half, **settings)
+    elif kind == "generator":
+        from .pipelines.pipeline_utils import publish_generator
+
+        commit = publish_generator(folder, repo_id, remote_code, **settings)
+    else:
+        from .pipelines.output import publish_weights
+
+        commit = publish_weights(folder, repo_id, remote_code, **settings)
+    print(f"published the {kind}: {commit.commit_url}")
+
+
 @zoo_app.command("build")
 def zoo_build(
     folder: Annotated[Path, typer.Argument(help="Where the shards are written; calling it again continues.")],

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from hf_weightgen.hub.errors import HubError
+from hf_weightgen.hub.untrusted import UntrustedFileError
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from hf_weightgen.targets.functional import BIAS
@@ -42,13 +43,15 @@ def edit(saved):
 
 
 @pytest.fixture
-def on_the_hub(saved):
-    """The saved generator as a download from the Hub would lie in the cache."""
-    repo = Path(constants.HF_HUB_CACHE) / "models--acme--generator"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("1" * 40)
-    yield Path(shutil.copytree(saved, repo / "snapshots" / ("1" * 40)))
-    shutil.rmtree(repo)
+def on_the_hub(saved, hub):
+    """Publishes the saved generator as it is now, and returns its id; by the server itself, since no client would send some."""
+
+    def put() -> str:
+        files = {p.relative_to(saved).as_posix(): p.read_bytes() for p in saved.rglob("*") if p.is_file()}
+        hub.put("models", "acme/generator", files)
+        return "acme/generator"
+
+    return put
 
 
 @pytest.mark.parametrize("loader", [WeightGenPipeline, D2NWGPipeline])
@@ -77,10 +80,10 @@ def test_the_output_names_its_generator(saved, tmp_path):
     assert f"generator: {saved}" in (output.save_pretrained(tmp_path / "out")[0] / "README.md").read_text()
 
 
-def test_it_loads_from_the_hub(pipe, on_the_hub):
-    again = WeightGenPipeline.from_pretrained("acme/generator")
+@pytest.mark.parametrize("loader", [WeightGenPipeline, D2NWGPipeline])
+def test_it_loads_from_the_hub(loader, pipe, on_the_hub):
+    again = loader.from_pretrained(on_the_hub())
     assert again.source == sample(again).generator_id == "acme/generator"
-    assert again.folder.resolve() == on_the_hub.resolve()
     found, expected = (sample(generator).weights[1][BIAS] for generator in (again, pipe))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
@@ -103,19 +106,17 @@ def test_parts_may_be_given(pipe, saved):
     assert again.unet is mine and again.config.far_below == 0.9
 
 
-@pytest.mark.parametrize("name", ["vae/pytorch_model.bin", "extra.pkl", "unet/model.pt", "notes/x.ckpt", "a.joblib"])
-def test_pickles_are_refused(name, saved):
+@pytest.mark.parametrize("name", ["vae/pytorch_model.bin", "extra.pkl", "unet/model.PT", "notes/x.ckpt", "a.joblib"])
+def test_pickles_are_refused(name, saved, on_the_hub, hub):
     (saved / name).parent.mkdir(exist_ok=True)
     (saved / name).write_bytes(b"\x80\x04.")
     for loader in (WeightGenPipeline, D2NWGPipeline):
-        with pytest.raises(ValueError, match=rf"{Path(name).name}' is a pickle .* Remove the file, or convert it"):
-            loader.from_pretrained(saved)
-
-
-def test_pickles_in_a_download_are_refused(on_the_hub):
-    (on_the_hub / "vae" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="pytorch_model.bin' is a pickle"):
-        WeightGenPipeline.from_pretrained("acme/generator")
+        for source in (saved, on_the_hub()):
+            with pytest.raises(
+                UntrustedFileError, match=f"holds '{name}', a pickle .* Remove the file, or convert it"
+            ):
+                loader.from_pretrained(source)
+    assert not hub.requested("GET", "/resolve/"), "nothing has been downloaded"
 
 
 def test_other_pipelines_are_refused(saved, edit):
@@ -124,27 +125,42 @@ def test_other_pipelines_are_refused(saved, edit):
         WeightGenPipeline.from_pretrained(saved)
 
 
-def test_other_pipelines_on_the_hub_are_refused(on_the_hub):
-    (on_the_hub / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+def test_other_pipelines_on_the_hub_are_refused(edit, on_the_hub):
+    edit("model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(ValueError, match="'acme/generator' holds a 'StableDiffusionPipeline'"):
-        WeightGenPipeline.from_pretrained("acme/generator")
+        WeightGenPipeline.from_pretrained(on_the_hub())
 
 
-@pytest.mark.parametrize("entry", [["subprocess", "Popen"], ["my_own_module", "Net"], ["hf_weightgen.cli", "app"]])
-def test_other_modules_are_not_imported(entry, saved, edit):
+def test_a_repository_of_something_else_is_not_downloaded(hub):
+    hub.put("models", "acme/bert", {"config.json": "{}", "model.safetensors": b"0" * 1000})
+    with pytest.raises(ValueError, match="'acme/bert' has no model_index.json: it is no generator"):
+        WeightGenPipeline.from_pretrained("acme/bert")
+    assert not hub.requested("GET", "/resolve/")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["subprocess", "Popen"], ["my_own_module", "Net"], ["hf_weightgen.cli", "app"], ["modeling", "Evil"],
+        ["hf_weightgen.components", "ModelMixin"], ["diffusers", "utils"], ["transformers", "pipeline"], ["diffusers", None],
+    ],
+)  # fmt: skip
+def test_other_modules_and_classes_are_refused(entry, saved, edit, on_the_hub):
+    before = set(sys.modules)
     edit("model_index.json", vae=entry)
-    for loader in (WeightGenPipeline, D2NWGPipeline):
-        with pytest.raises(
-            ValueError, match=f"wants 'vae' from the module '{entry[0]}'; only hf_weightgen.components"
-        ):
-            loader.from_pretrained(saved)
+    (saved / "vae" / "modeling.py").write_text("raise SystemExit('executed')")
+    for source in (saved, on_the_hub()):
+        with pytest.raises(UntrustedFileError, match=f"wants 'vae' to be {entry[1]!r} from the module"):
+            WeightGenPipeline.from_pretrained(source)
+    assert not [name for name in set(sys.modules) - before if "my_own_module" in name or "modeling" in name]
 
 
-def test_other_modules_are_not_imported_from_the_hub(on_the_hub):
-    file = on_the_hub / "model_index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"vae": ["subprocess", "Popen"]}))
-    with pytest.raises(ValueError, match="wants 'vae' from the module 'subprocess'"):
-        WeightGenPipeline.from_pretrained("acme/generator")
+@pytest.mark.parametrize("argument", ["custom_pipeline", "trust_remote_code", "custom_revision", "proxies"])
+def test_arguments_that_are_not_supported_are_named(argument, saved):
+    with pytest.raises(ValueError, match=f"`{argument}` is not supported"):
+        WeightGenPipeline.from_pretrained(saved, **{argument: "acme/evil"})
+    with pytest.raises(ValueError, match="`use_safetensors=False` is not supported"):
+        WeightGenPipeline.from_pretrained(saved, use_safetensors=False)
 
 
 def test_a_folder_without_a_generator_is_refused(tmp_path):
@@ -177,10 +193,12 @@ def test_weights_of_another_network_are_named(name, saved):
     first = next(iter(sorted(tensors)))
     folder = name.split("/")[0]
     save_file({k: v for k, v in tensors.items() if k != first}, saved / name, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{folder}' lack '{first}' .*another network than its config.json"):
+    with pytest.raises(
+        ValueError, match=f"{folder}' have nothing for '{first}'.*another network than its config.json"
+    ):
         WeightGenPipeline.from_pretrained(saved)
     save_file(tensors | {"stray": torch.zeros(2)}, saved / name, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{folder}' hold 'stray'"):
+    with pytest.raises(ValueError, match=rf"{folder}' have \(2,\) for 'stray', .* has no place"):
         WeightGenPipeline.from_pretrained(saved)
 
 
@@ -189,7 +207,7 @@ def test_weights_of_other_shapes_are_refused(name, saved):
     tensors = load_file(saved / name)
     first = max(tensors, key=lambda key: tensors[key].numel())
     save_file(tensors | {first: torch.zeros(3, 3)}, saved / name, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"'{saved}' does not load: .*Download or save the generator anew"):
+    with pytest.raises(ValueError, match="(another network than its config.json|describes no ).*Download or save"):
         WeightGenPipeline.from_pretrained(saved)
 
 
@@ -207,9 +225,44 @@ def test_an_encoder_of_another_checksum_is_refused(pipe, saved, edit):
         sample(again)
 
 
-def test_variants_are_for_folders(on_the_hub):
-    with pytest.raises(ValueError, match="`variant` 'fp16' is not supported for generators on the Hub"):
-        WeightGenPipeline.from_pretrained("acme/generator", variant="fp16")
+def test_variants_load_as_in_diffusers(pipe, saved, on_the_hub, tmp_path):
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        shutil.copyfile(file, saved / file.relative_to(tmp_path / "half"))
+    again = WeightGenPipeline.from_pretrained(on_the_hub(), variant="fp16")
+    torch.testing.assert_close(sample(again).latents, sample(pipe).latents, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no such modeling files"):
+        WeightGenPipeline.from_pretrained("acme/generator", variant="int3")
+
+
+def test_revisions_are_followed(pipe, saved, edit, on_the_hub, hub, tmp_path):
+    first = hub.repo("models", on_the_hub()).branches["main"]
+    edit("model_index.json", guidance_scale=2.5)
+    on_the_hub()
+    at = {
+        revision: WeightGenPipeline.from_pretrained("acme/generator", revision=revision)
+        for revision in (first, "main")
+    }
+    assert at[first].config.guidance_scale == pipe.config.guidance_scale and at["main"].config.guidance_scale == 2.5
+    with pytest.raises(HubError, match="has no revision 'v9'"):
+        WeightGenPipeline.from_pretrained("acme/generator", revision="v9")
+
+
+def test_local_files_only_asks_nobody(on_the_hub, hub, tmp_path):
+    with pytest.raises(HubError, match="'acme/generator' failed: it is not in the cache"):
+        WeightGenPipeline.from_pretrained(on_the_hub(), local_files_only=True, cache_dir=tmp_path)
+    WeightGenPipeline.from_pretrained("acme/generator", cache_dir=tmp_path)
+    hub.requests.clear()
+    again = WeightGenPipeline.from_pretrained("acme/generator", local_files_only=True, cache_dir=tmp_path)
+    assert not hub.requests and again.folder.is_relative_to(tmp_path)
+
+
+def test_private_generators_need_their_token(saved, on_the_hub, hub, monkeypatch):
+    hub.repo("models", on_the_hub()).private = True
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="there is no such repository, or it is private.*hf auth login"):
+        WeightGenPipeline.from_pretrained("acme/generator")
+    assert WeightGenPipeline.from_pretrained("acme/generator", token="hf_writer").source == "acme/generator"
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):

@@ -111,7 +111,7 @@ inputs = AutoTokenizer.from_pretrained({MINILM!r})({TEXTS!r}, padding=True, retu
 assert not [name for name in sys.modules if name.startswith("hf_weightgen")]
 print(json.dumps(model(**inputs).logits.tolist()))
 """
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -163,7 +163,7 @@ def test_an_unknown_model_names_itself_and_the_remedies():
     with pytest.raises(
         FileNotFoundError, match="'acme/nothing'.*cache.*offline.*local folder.*HF_HUB_OFFLINE"
     ) as caught:
-        resolve_base("acme/nothing")
+        resolve_base("acme/nothing", local_files_only=True)
     assert "hf-weightgen[offline]" not in str(caught.value)  # that package holds another model
 
 

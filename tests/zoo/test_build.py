@@ -18,8 +18,9 @@ from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.targets.tasks import TaskSpec
 from hf_weightgen.weights.lora import split_lora
 from hf_weightgen.zoo.build import build_zoo
+from hf_weightgen.zoo.folder import ZooFolder, load_zoo
 from hf_weightgen.zoo.recipe import LOGIT_SCALE, ZooConfig, config_of
-from hf_weightgen.zoo.schema import ZooFolder, load_zoo, row_to_state_dict, zoo_state_dicts
+from hf_weightgen.zoo.schema import row_to_state_dict, zoo_state_dicts
 from hf_weightgen.zoo.start import head_of_names
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_weightgen.zoo.folder import ZooFolder, load_zoo
 from hf_weightgen.zoo.harvest import harvest_peft
-from hf_weightgen.zoo.schema import ZooFolder, load_zoo, row_to_state_dict
+from hf_weightgen.zoo.schema import row_to_state_dict
 
 
 BASE = "org/tiny-bert"

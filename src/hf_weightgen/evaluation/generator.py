@@ -15,11 +15,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 
+from ..hub.cards import EVALUATION
 from ..targets.base_models import load_classifier, load_tokenizer
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget
 from ..targets.tasks import TASKS, TaskSpec
 from ..weights.lora import canonicalize, center_head
-from ..zoo.schema import load_zoo, zoo_state_dicts
+from ..zoo.folder import load_zoo
+from ..zoo.schema import zoo_state_dicts
 from ..zoo.start import BASE, head_of_names
 from ..zoo.tasks import TaskData, load_tasks
 from .accuracy import PredictionCache
@@ -27,7 +29,6 @@ from .table import honest_table
 
 
 MISMATCHED = 5  # prompts of other families
-EVALUATION = "evaluation.json"  # rows of the honest table beside a generator
 
 
 class Predictor:

@@ -1,166 +1,50 @@
-"""What all weight-generation pipelines share: loading by `model_index.json`, prompts and labels, and their output.
+"""What all weight-generation pipelines share: loading, publishing, prompts and labels.
 
 Notation: N samples, C classes, E size of an embedding.
 """
 
-import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
-from diffusers.utils import BaseOutput
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from .. import components  # noqa: F401  (diffusers finds our classes in this loaded module)
-from ..hub import write_card
-from ..targets.architectures import TargetConfig, TargetModel
-from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_encoder, unpack_embeddings
+from ..hub.cards import EVALUATION, readdress, write_card
+from ..hub.download import download
+from ..hub.errors import explained
+from ..hub.publish import publish
+from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
+from .loading import COMPONENTS, INDEX, check_generator, read_index, with_our_names, write_stubs
+from .output import WeightGenOutput
 
+
+__all__ = ["MismatchWarning", "WeightGenOutput", "WeightGenPipeline"]
 
 PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
 BUNDLED = Path(__file__).parents[1] / "bundled"
-COMPONENTS = "hf_weightgen.components"
-INDEX = "model_index.json"
 MAX_PROMPT_CHARACTERS = 4_000
 HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.h5", "*.msgpack")
+REFUSED = (
+    "custom_pipeline",
+    "custom_revision",
+    "trust_remote_code",
+    "from_flax",
+    "use_onnx",
+    "connected",
+    "mirror",
+    "proxies",
+)
 
 
 class MismatchWarning(UserWarning):
     """The prompt is far from every known task, or the class names do not fit the prompt."""
-
-
-@dataclass
-class WeightGenOutput(BaseOutput):
-    """
-    Generated weights.
-
-    Args:
-        weights (`list[dict[str, torch.Tensor]]`):
-            One state dict per sample, prompt by prompt: a LoRA adapter in PEFT's names with its head, or a whole network.
-            With `output_type="latent"` an empty list.
-        labels (`list[list[str]]`): Per sample the class names, in the order of the head's rows.
-        tasks (`list[str]`): Per sample the known task whose prompts are nearest.
-        prompts (`list[str]`): Per sample the prompt.
-        seeds (`list[int]`): Per sample the seed of its noise.
-        target (`dict`): What receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
-            `{"kind": "network", "config": {...}}`.
-        latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
-        generator_id (`str`): Where the generator was loaded from.
-    """
-
-    weights: list
-    labels: list
-    tasks: list
-    prompts: list
-    seeds: list
-    target: dict
-    latents: Tensor
-    generator_id: str
-
-    def __repr__(self) -> str:
-        prompts = list(dict.fromkeys(self.prompts))
-        return f"{type(self).__name__}({len(self.labels)} samples for {prompts}, seeds {self.seeds})"
-
-    def to_model(self, index: int = 0):
-        """
-        The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
-        `id2label`, or a [`TargetModel`].
-        """
-        count = len(self.weights)
-        if not -count <= index < count:
-            raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
-        weights, names = self.weights[index], self.labels[index]
-        id2label = dict(enumerate(names))
-        label2id = {name: i for i, name in id2label.items()}
-        if self.target["kind"] == "network":
-            config = TargetConfig(
-                **self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id
-            )
-            model = TargetModel(config)
-            model.load_state_dict(weights)
-            return model.eval()
-        base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
-        model = get_peft_model(base, LoraConfig(**self.target["lora"]))
-        places = {
-            name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        }
-        came = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = [name for name in places | came if places.get(name) != came.get(name)]
-        if wrong:
-            raise ValueError(
-                f"The base model {self.target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
-                f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
-            )
-        set_peft_model_state_dict(model, weights)
-        return model.eval()
-
-    def save_pretrained(self, save_directory: str | os.PathLike) -> list[Path]:
-        """
-        Saves one sample as a plain PEFT (or transformers) folder at `save_directory`, several as `0000`, `0001`, … in it,
-        each with a card and `labels.json`. Folders appear only when they are complete.
-
-        Returns:
-            `list[Path]`: The folders.
-        """
-        root = Path(save_directory)
-        if not self.weights:
-            raise ValueError(
-                "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
-            )
-        file = next((path for path in (root, *root.parents) if path.is_file()), None)
-        if file is not None:
-            raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
-        count = 0 if len(self.weights) == 1 else len(self.weights)
-        old = sorted(p.name for p in root.glob("[0-9]" * 4) if int(p.name) >= count)
-        if old:
-            raise ValueError(
-                f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of "
-                "this call; give another folder, or delete it."
-            )
-        folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
-        for index, folder in enumerate(folders):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".weightgen-") as temporary:
-                self._write(index, Path(temporary))
-                folder.mkdir(exist_ok=True)
-                for file in Path(temporary).iterdir():
-                    os.replace(file, folder / file.name)
-        return folders
-
-    def _write(self, index: int, folder: Path) -> None:
-        names = self.labels[index]
-        if self.target["kind"] == "network":
-            self.to_model(index).save_pretrained(folder)
-        else:
-            config = LoraConfig(
-                **self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True
-            )
-            config.save_pretrained(folder)
-            tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
-        write_card(
-            folder,
-            kind=self.target["kind"],
-            base_model=self.target.get("base_model"),
-            labels=names,
-            prompt=self.prompts[index],
-            seed=self.seeds[index],
-            task=self.tasks[index],
-            generator=self.generator_id,
-        )
 
 
 class WeightGenPipeline(DiffusionPipeline):
@@ -175,36 +59,68 @@ class WeightGenPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        source = path = os.fspath(pretrained_model_name_or_path)
+        """
+        Args:
+            pretrained_model_name_or_path: A folder, an id on the Hub, or `"bundled"`.
+            revision, token, cache_dir, local_files_only, force_download, variant, dtype, and components as keywords: as in
+                diffusers.
+
+        Raises:
+            ValueError: If it is no generator, or an argument would execute code of a repository or is not supported.
+            UntrustedFileError: If its files are not what a generator consists of.
+            HubError, FileNotFoundError: If it cannot be reached, or is not there.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        refused = [name for name in REFUSED if kwargs.get(name)]
+        if refused:
+            raise ValueError(
+                f"`{refused[0]}` is not supported: this loader never executes anything from a repository, and takes files from "
+                "the Hub as they are. Leave it out."
+            )
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "`use_safetensors=False` is not supported: generators hold safetensors only. Leave it out."
+            )
+        folder = cls._folder_of(source, kwargs)
+        name = read_index(folder).get("_class_name")
+        if not isinstance(name, str) or name not in PIPELINES:
+            raise ValueError(
+                f"{source!r} holds a {name!r}, expected one of {sorted(PIPELINES)}; it is no generator of this library, "
+                "or was made by a newer version of it."
+            )
+        named = getattr(import_module(f".{PIPELINES[name]}", __package__), name)
+        if not issubclass(named, cls):
+            raise ValueError(f"{source!r} holds a {name}, no {cls.__name__}; load it with `WeightGenPipeline`.")
+        return named._load(folder, source, {k: v for k, v in kwargs.items() if k not in HUB_SETTINGS})
+
+    @classmethod
+    def _folder_of(cls, source: str, kwargs: dict) -> Path:
         if source == "bundled":
-            path = str(BUNDLED)
             if not (BUNDLED / INDEX).is_file():
                 raise FileNotFoundError(
                     f"This installation has no bundled generator in {str(BUNDLED)!r}; reinstall the package."
                 )
-        if os.path.isdir(path):
-            _check_folder(Path(path))
-        elif os.path.isfile(path) or path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"There is no generator folder {path!r}. Give its folder, a Hub id, or 'bundled'.")
-        if cls is WeightGenPipeline:
-            index = Path(path, INDEX) if os.path.isdir(path) else _download_index(path, kwargs)
-            name = _read_index(index).get("_class_name")
-            if not isinstance(name, str) or name not in PIPELINES:
-                raise ValueError(
-                    f"{path!r} holds a {name!r}, expected one of {sorted(PIPELINES)}; it is no generator of this library, "
-                    "or was made by a newer version of it."
-                )
-            return getattr(import_module(f".{PIPELINES[name]}", __package__), name).from_pretrained(source, **kwargs)
-        folder = Path(path if os.path.isdir(path) else cls.download(path, **kwargs))
+            return BUNDLED
+        if os.path.isdir(source):
+            return Path(source)
+        if os.path.isfile(source) or source.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"There is no generator folder {source!r}. Give its folder, a Hub id, or 'bundled'."
+            )
+        return Path(cls.download(source, **kwargs))
+
+    @classmethod
+    def _load(cls, folder: Path, source: str, kwargs: dict):
+        check_generator(folder, given=kwargs)
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = torch.float32  # what is stored in float16 would otherwise be computed in float16 too
         try:
             pipe = super().from_pretrained(str(folder), **kwargs)
-        except (RuntimeError, ValueError) as error:  # for example, tensors of other shapes
+            pipe.check_parts()
+        except (MemoryError, KeyboardInterrupt, OSError):
+            raise
+        except Exception as error:  # of diffusers, transformers or our own constructors, about one file or another
             raise ValueError(f"{str(folder)!r} does not load: {error} Download or save the generator anew.") from error
-        for name, component in pipe.components.items():
-            if isinstance(component, torch.nn.Module) and name not in kwargs:
-                _check_names(folder / name, component)
         for part in (pipe, *pipe.components.values()):
             if isinstance(part, ConfigMixin):
                 part.register_to_config(
@@ -216,14 +132,62 @@ class WeightGenPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """The stock `download` refuses components that do not live in diffusers; ours takes the whole repository, no pickles."""
-        if kwargs.get("variant") is not None:
-            raise ValueError(
-                f"`variant` {kwargs['variant']!r} is not supported for generators on the Hub; choose a `revision`."
+        kept = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
+        return str(download(pretrained_model_name, marker=INDEX, **kept))
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Reads the index in either published form, see [`write_stubs`]."""
+        loaded = super().load_config(*args, **kwargs)
+        if isinstance(loaded, tuple):
+            return with_our_names(dict(loaded[0])), *loaded[1:]
+        return with_our_names(dict(loaded))
+
+    def check_parts(self) -> None:
+        """Raises a ValueError if the settings of the parts do not fit each other; each pipeline has its own rules."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As in diffusers; with `push_to_hub` it is published by [`~WeightGenPipeline.push_to_hub`] afterwards."""
+        told = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message")}
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(told.pop("repo_id") or Path(save_directory).name, **told)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        remote_code: bool = False,
+    ) -> CommitInfo:
+        """
+        Publishes the generator with its card, see [`~hub.publish.publish`].
+
+        Args:
+            remote_code: Whether the stock `DiffusionPipeline` shall load it with `trust_remote_code=True` too. This library
+                must be installed there all the same.
+        """
+        with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
+            folder = Path(temporary)
+            self.save_pretrained(folder)
+            for name in ("README.md", EVALUATION):
+                if self.folder is not None and (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
+            if not (folder / "README.md").is_file():
+                base = self.config["target"].get("base_model")
+                write_card(folder, "generator", base_model=base, prompt="sentiment on SST-2", generator=repo_id)
+            return publish_generator(
+                folder,
+                repo_id,
+                remote_code,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
             )
-        kept = {k: kwargs[k] for k in HUB_SETTINGS if k in kwargs}
-        folder = snapshot_download(pretrained_model_name, ignore_patterns=list(PICKLES), **kept)
-        _check_folder(Path(folder))
-        return folder
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Names our components by one stable module, so that the tree may change without breaking saved generators."""
@@ -325,71 +289,18 @@ class WeightGenPipeline(DiffusionPipeline):
             )
 
 
-def _check_folder(folder: Path) -> None:
-    """Generators are whole safetensors and JSON files; a pickle could run code when it is loaded."""
-    for pattern in PICKLES:
-        for found in folder.rglob(pattern):
-            raise ValueError(
-                f"{str(found)!r} is a pickle or another format that can run code when loaded; generators hold safetensors "
-                "only. Remove the file, or convert it to safetensors with a tool that you trust."
-            )
-    index = folder / INDEX
-    for name, entry in _read_index(index).items():
-        if (
-            isinstance(entry, list)
-            and len(entry) == 2
-            and entry[0] not in (None, COMPONENTS, "diffusers", "transformers")
-            and name[0] != "_"
-        ):
-            if isinstance(entry[0], str) and isinstance(entry[1], str):
-                raise ValueError(
-                    f"{str(index)!r} wants {name!r} from the module {entry[0]!r}; only {COMPONENTS}, diffusers and transformers are loaded from."
-                )
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):  # reads the header and compares the length of the file with it
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(file)!r} is truncated or no safetensors file ({error}); download or save the generator anew."
-            ) from error
+def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = False, **settings) -> CommitInfo:
+    """
+    Publishes the folder of a saved generator, which is left as it is.
 
-
-def _read_index(file: Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No {INDEX} in {str(file.parent)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'."
-        )
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is no JSON object ({error}); download or save the generator anew.") from error
-
-
-def _download_index(repo_id: str, settings: dict) -> Path:
-    try:
-        return Path(hf_hub_download(repo_id, INDEX, **{k: settings[k] for k in HUB_SETTINGS if k in settings}))
-    except (HTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"Generator {repo_id!r} was not found: it is no folder, and the Hub and its cache did not give its {INDEX} "
-            f"({str(error).strip().splitlines()[0]}). Check the id and the connection, or give a folder."
-        ) from error
-
-
-def _check_names(folder: Path, model: torch.nn.Module) -> None:
-    """What a file of another network lacks would otherwise stay random, with no more than a warning in a log."""
-    stored = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            stored.update(tensors.keys())
-    wanted = set(model.state_dict())
-    if stored and stored != wanted:
-        what = (
-            f"lack {sorted(wanted - stored)[0]!r}"
-            if wanted - stored
-            else f"hold {sorted(stored - wanted)[0]!r}, which has no place"
-        )
-        raise ValueError(
-            f"The weights in {str(folder)!r} {what} in {type(model).__name__} ({len(wanted ^ stored)} names differ): they are of "
-            "another network than its config.json. Download or save the generator anew."
-        )
+    Args:
+        remote_code: See [`~WeightGenPipeline.push_to_hub`].
+        settings: Of [`~hub.publish.publish`].
+    """
+    check_generator(folder)
+    with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
+        copy = Path(shutil.copytree(folder, Path(temporary) / "generator"))
+        if remote_code:
+            write_stubs(copy)
+        readdress(copy, repo_id)
+        return publish(copy, repo_id, **settings)

@@ -1,17 +1,22 @@
 """Small networks that receive generated weights as a whole, as `PreTrainedModel`s.
 
+This file imports nothing of the package: published beside weights as `modeling_target.py`, it is all that
+`AutoModel.from_pretrained(id, trust_remote_code=True)` needs.
+
 Notation: n examples, F input features, H hidden units, C classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+
+ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "sigmoid", "elu", "leaky_relu")
 
 
 @strict
@@ -23,7 +28,10 @@ class TargetConfig(PreTrainedConfig):
         input_size: F.
         hidden_size: H.
         num_classes: C. (`num_labels` and `id2label` follow from it unless given.)
-        activation: Name of a function of `torch.nn.functional`.
+        activation: One of [`ACTIVATIONS`].
+
+    Raises:
+        ValueError: If the activation is none of them.
     """
 
     model_type = "weightgen_target"
@@ -34,6 +42,8 @@ class TargetConfig(PreTrainedConfig):
     activation: str = "tanh"
 
     def __post_init__(self, **kwargs):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}.")
         if "id2label" not in kwargs and "num_labels" not in kwargs:
             kwargs["num_labels"] = self.num_classes
         super().__post_init__(**kwargs)
@@ -68,6 +78,9 @@ class TargetModel(PreTrainedModel):
         return TargetOutput(F.cross_entropy(logits, labels) if labels is not None else None, logits)
 
 
+AutoConfig.register(TargetConfig.model_type, TargetConfig, exist_ok=True)
+AutoModel.register(TargetConfig, TargetModel, exist_ok=True)
+
 HEAD = ("head.weight", "head.bias")
 
 
@@ -82,5 +95,5 @@ def mlp_logits(params: Sequence[Tensor] | dict[str, Tensor], inputs: Tensor, act
     Returns:
         `torch.FloatTensor` of shape `(N, n, C)`.
     """
-    hidden = getattr(torch, activation)(inputs @ params["hidden.weight"].mT + params["hidden.bias"][:, None])
+    hidden = getattr(F, activation)(inputs @ params["hidden.weight"].mT + params["hidden.bias"][:, None])
     return hidden @ params["head.weight"].mT + params["head.bias"][:, None]

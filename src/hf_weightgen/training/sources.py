@@ -19,8 +19,9 @@ from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
 from ..zoo.build import training_pool
 from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
+from ..zoo.folder import load_zoo
 from ..zoo.recipe import WIDE_TASK, config_of, lora_config, lora_settings
-from ..zoo.schema import load_zoo, zoo_state_dicts
+from ..zoo.schema import zoo_state_dicts
 from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors

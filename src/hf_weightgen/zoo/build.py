@@ -20,8 +20,9 @@ from transformers import get_linear_schedule_with_warmup
 from ..targets.base_models import load_classifier, load_encoder, load_tokenizer
 from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
 from ..targets.tasks import TaskSpec
+from .folder import ZooFolder
 from .recipe import ZooConfig, arch_of, check_same_config, lora_config, provenance_of, seed_of, write_config
-from .schema import ZooFolder, make_row, row_to_state_dict
+from .schema import make_row, row_to_state_dict
 from .start import BASE, base_row, head_of_names
 from .tasks import TEST_LIMIT, VALIDATION_LIMIT, TaskData, evaluation_subset, load_tasks
 

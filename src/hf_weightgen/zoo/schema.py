@@ -3,32 +3,26 @@
 Float tensors lie in one flat column that a viewer, SQL and Arrow can read; tensors of other dtypes travel beside them
 as safetensors bytes. A state dict that went into a row comes out of it bit-exact and in the same order.
 
-Rows are kept in Parquet shards `data/train-*.parquet`, the Hub's own layout: `load_dataset(folder)` and the viewer
-need nothing else. A shard appears whole or not at all, so that a kill at any moment loses no finished row.
-
 Notation used for shapes:
     - D: scalars of all float32, float16 and bfloat16 tensors of a checkpoint
 """
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
-from datasets import Dataset, Features, IterableDataset, Json, List, Value, load_dataset
+from datasets import Dataset, Features, Json, List, Value
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..weights.layout import dtype_name
-from .parquet import list_array, read_table, write_tables
+from .parquet import list_array, write_tables
 
 
 FLAT_DTYPES = ("float32", "float16", "bfloat16")  # float32 holds them exactly; all other dtypes go into `extra`
@@ -58,10 +52,7 @@ HALF_FEATURES = Features({**FEATURES, "weights": List(Value("float16"))})
 
 ROWS_PER_GROUP = 64  # rows that are in memory together while a shard is written, and the unit of streaming
 
-# Words between separators of a file name that `datasets` takes for the name of a split.
-_SPLIT_WORDS = "training|train|validation|valid|val|dev|testing|test|evaluation|eval"
-_SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({_SPLIT_WORDS})(?![^-._ 0-9])")
-_ENCODING = {
+ENCODING = {
     # repeated words are stored once; signs and exponents of all weights side by side compress better
     "use_dictionary": ["id", "task", "family", "split", "text", "arch", "provenance", "tensors.list.element.name"],
     "use_byte_stream_split": ["weights.list.element"],
@@ -234,13 +225,13 @@ def to_half(table: pa.Table) -> pa.Table:
         rounded = list_array(weights.value_lengths(), weights.flatten().to_numpy().astype(np.float16))
     table = table.set_column(schema.get_field_index("weights"), schema.field("weights"), rounded)
     try:
-        _check_finite(table)
+        check_finite(table)
     except ValueError as error:
         raise ValueError(f"{error} Weights beyond 65504 do not fit into float16: write with `half=False`.") from error
     return table.replace_schema_metadata(schema.metadata)
 
 
-def _check_finite(table: pa.Table) -> None:
+def check_finite(table: pa.Table) -> None:
     weights = table.column("weights").combine_chunks()
     bad = np.flatnonzero(~np.isfinite(weights.flatten().to_numpy()))
     if len(bad):
@@ -292,157 +283,4 @@ def write_shard(path: str | Path, rows: Iterable[Mapping], half: bool = False) -
                 seen.add(row["id"])
             yield rows_to_table(batch, half)
 
-    return write_tables(path, tables(), (HALF_FEATURES if half else FEATURES).arrow_schema, **_ENCODING)
-
-
-class ZooFolder:
-    """
-    A zoo that grows on disk, one shard per group of rows that are finished together.
-
-    Args:
-        path (`str` or `Path`): The folder; shards lie in its `data/`.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def shards(self) -> list[Path]:
-        """All complete shards, sorted by name; what a killed run left half-written has another kind of name."""
-        return sorted((self.path / "data").glob("*.parquet"))
-
-    def finished(self) -> set[str]:
-        """
-        Ids of all rows in complete shards.
-
-        Raises:
-            ValueError: If a shard cannot be read, or two shards hold one id.
-        """
-        return {row_id for row_id, _, _ in self.index()}
-
-    def index(self) -> list[tuple[str, Path, int]]:
-        """`(id, shard, row in the shard)` of every row, sorted by id. Raises like [`~ZooFolder.finished`]."""
-        rows = []
-        for shard in self.shards():
-            rows += [(row_id, shard, i) for i, row_id in enumerate(read_table(shard, ["id"]).column("id").to_pylist())]
-        rows.sort()
-        for (row_id, first, _), (other, second, _) in zip(rows, rows[1:], strict=False):
-            if row_id == other:
-                raise ValueError(f"Row {row_id!r} stands in {first} and in {second}; delete one of the two shards.")
-        return rows
-
-    def add(self, group_name: str, rows: Iterable[Mapping]) -> Path:
-        """
-        Writes the rows of one group as a shard; rows that the group already has under other ids are kept.
-
-        Args:
-            group_name (`str`): For example `"sst2-s3"`, which becomes `data/train-sst2-s3.parquet`.
-
-        Raises:
-            ValueError: If a row stands in another shard already; nothing is written then.
-        """
-        if not group_name:
-            raise ValueError("`group_name` names a shard of the zoo and must not be empty.")
-        # with "~" the word is no split, whose files would be read as another split or twice
-        name = _SPLIT_WORD.sub(r"\1~", quote(group_name, safe=""))
-        path = self.path / "data" / f"train-{name}.parquet"
-        rows = list(rows)
-        new = {row["id"] for row in rows}
-        for row_id, shard, _ in self.index():
-            if row_id in new and shard != path:
-                raise ValueError(f"Row {row_id!r} of group {group_name!r} stands in {shard}; give it another id.")
-        if path.exists():
-            rows = [row for row in Dataset(read_table(path, FEATURES)) if row["id"] not in new] + rows
-        return write_shard(path, rows)
-
-    def row(self, id: str) -> dict:
-        """
-        One row by its id.
-
-        Raises:
-            KeyError: If no complete shard holds it.
-        """
-        for row_id, shard, i in self.index():
-            if row_id == id:
-                return Dataset(read_table(shard, FEATURES).slice(i, 1))[0]
-        raise KeyError(f"{self.path} has no row {id!r} in its {len(self.shards())} shards.")
-
-
-def load_zoo(
-    path_or_id: str | Path, revision: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    """
-    A zoo as a dataset with the columns of [`FEATURES`], all splits of the column `split` together.
-
-    Args:
-        path_or_id (`str` or `Path`): A folder, one Parquet file, or the id of a dataset on the Hub.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-
-    Raises:
-        ValueError: If a shard of the folder cannot be read, or the dataset is no zoo; the message says which.
-        FileNotFoundError: If the folder has no shard.
-    """
-    path = Path(path_or_id)
-    if path.is_file():
-        read_table(path, ["id"])
-        zoo = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    elif path.is_dir():
-        if not ZooFolder(path).finished():
-            raise FileNotFoundError(f"{path} has no shard `data/*.parquet`, so it is no zoo; build one there first.")
-        zoo = load_dataset(str(path), split="train", streaming=streaming)
-    else:
-        if path.is_absolute() or str(path_or_id).startswith(".") or len(path.parts) > 2:
-            raise FileNotFoundError(f"{path_or_id} is no folder and no file, and cannot be the id of a dataset.")
-        zoo = load_dataset(str(path_or_id), revision=revision, split="train", streaming=streaming)
-    lacking = [name for name in FEATURES if name not in (zoo.features or zoo.resolve_features().features)]
-    if lacking:
-        raise ValueError(f"{path_or_id} is no zoo: it has no column {lacking[0]!r}, and a zoo has {list(FEATURES)}.")
-    return zoo
-
-
-def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: int = 1, leave_out=()) -> list[Path]:
-    """
-    Writes a zoo compactly for publication: rows sorted by id, the same bytes for the same rows.
-
-    Args:
-        folder (`str` or `Path`): The folder of a [`ZooFolder`].
-        out (`str` or `Path`): A `.parquet` file, or a folder that gets `data/train-00000-of-0000n.parquet`.
-        half (`bool`): Whether the weights are rounded to float16.
-        num_shards (`int`): How many files a folder gets.
-        leave_out (sequence of `str`): Ends of the ids of rows that are not written, as `"-c0"` for first checkpoints.
-
-    Returns:
-        `list[Path]`: The files written.
-
-    Raises:
-        ValueError: If a shard is damaged, float16 cannot hold a weight, or `out` holds other shards.
-    """
-    out, rows = Path(out), [row for row in ZooFolder(folder).index() if not row[0].endswith(tuple(leave_out))]
-    most = 1 if out.suffix == ".parquet" else max(1, len(rows))
-    if not 1 <= num_shards <= most:
-        raise ValueError(f"`num_shards` must be 1 to {most} for {len(rows)} rows in {out}, got {num_shards}.")
-    if out.suffix == ".parquet":
-        files = [out]
-    else:
-        files = [out / "data" / f"train-{i:05d}-of-{num_shards:05d}.parquet" for i in range(num_shards)]
-    others = [p for p in sorted(files[0].parent.glob("*.parquet")) if p not in files]
-    if others and files[0].parent.name == "data":
-        raise ValueError(f"{others[0]} would be read together with the merged rows; use an empty folder.")
-
-    @lru_cache(maxsize=4)  # after sorting, rows of one shard are still mostly neighbours
-    def read(shard):
-        return read_table(shard, FEATURES).cast(FEATURES.arrow_schema)  # a published zoo may be in float16
-
-    def tables(part):
-        for start in range(0, len(part), ROWS_PER_GROUP):
-            batch = part[start : start + ROWS_PER_GROUP]
-            runs = [(shard, [i for _, _, i in run]) for shard, run in groupby(batch, key=lambda row: row[1])]
-            table = pa.concat_tables([read(shard).take(at) for shard, at in runs])
-            _check_finite(table)
-            yield to_half(table) if half else table
-
-    bounds = [len(rows) * i // num_shards for i in range(num_shards + 1)]
-    schema = (HALF_FEATURES if half else FEATURES).arrow_schema
-    return [
-        write_tables(file, tables(rows[start:stop]), schema, **_ENCODING)
-        for file, start, stop in zip(files, bounds, bounds[1:], strict=False)
-    ]
+    return write_tables(path, tables(), (HALF_FEATURES if half else FEATURES).arrow_schema, **ENCODING)

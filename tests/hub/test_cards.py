@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_weightgen.hub import add_figures, write_card
+from hf_weightgen.hub.cards import add_figures, write_card
 
 
 @pytest.fixture

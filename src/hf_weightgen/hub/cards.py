@@ -1,0 +1,134 @@
+"""Cards: rendered from one template, `card_template.md`, with the metadata that the Hub reads."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+SECTION = "\n## "
+EVALUATION = "evaluation.json"  # rows of the honest table beside a generator
+ZOO_FILES = {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
+PLACE = re.compile(r'(from_pretrained|load_zoo)\("[^"\n]*"')  # in the snippet, the first place to load from
+
+
+def write_card(
+    folder: str | Path,
+    kind: str,
+    *,
+    base_model: str | None = None,
+    labels: Sequence[str] = (),
+    prompt: str | None = None,
+    seed: int | None = None,
+    task: str | None = None,
+    generator: str | None = None,
+    datasets: Sequence[str] = (),
+    command: str | None = None,
+    notes: Sequence[str] = (),
+    facts: Mapping[str, object] | None = None,
+) -> Path:
+    """
+    Renders `README.md` into a folder.
+
+    Args:
+        kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network), `"generator"` (a pipeline) or
+            `"zoo"` (a dataset).
+        generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
+        facts: further lines of the details; notes: paragraphs under "Limits".
+    """
+    library = {"adapter": "peft", "network": "transformers", "generator": "hf_weightgen"}
+    tags = ["hf_weightgen", "model-zoo" if kind == "zoo" else "weight-generation"]
+    common = {"license": "apache-2.0", "tags": tags + ["lora"] * (kind == "adapter")}
+    if kind == "zoo":
+        data = DatasetCardData(**common, base_model=base_model, configs=[ZOO_FILES])
+    else:
+        data = ModelCardData(
+            **common,
+            library_name=library[kind],
+            base_model=base_model if kind != "network" else None,
+            base_model_relation="adapter" if kind == "adapter" else None,
+            pipeline_tag="text-classification" if kind == "adapter" else None,
+            datasets=list(datasets) or None,
+        )
+    try:
+        installed = version("hf-weightgen")
+    except PackageNotFoundError:  # run from a source tree
+        installed = "source"
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        kind=kind,
+        base=base_model,
+        labels=list(labels),
+        prompt=prompt,
+        seed=seed,
+        task=task,
+        generator=generator,
+        command=command,
+        notes=list(notes),
+        facts=dict(facts or {}),
+        version=installed,
+    )
+    path = Path(folder) / "README.md"
+    path.write_text(str(card), encoding="utf-8")
+    return path
+
+
+def has_card(folder: str | Path) -> bool:
+    """Whether the folder's `README.md` is a card of this library, and not the default of another one."""
+    path = Path(folder) / "README.md"
+    return path.is_file() and "hf_weightgen" in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or ())
+
+
+def readdress(folder: str | Path, repo_id: str) -> None:
+    """Makes the snippet of a card load from where it is published."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(PLACE.sub(rf'\1("{repo_id}"', text, count=1), encoding="utf-8")
+
+
+def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[str, str] | None = None) -> None:
+    """
+    Puts the honest table into the metadata of a card, as the `model-index` that the Hub reads; earlier results are replaced.
+
+    Args:
+        rows: Rows of the table: `task`, `method`, `metric`, `mean` in points, `n`.
+        datasets: Hub id of each task's dataset; a task without one is named by itself.
+    """
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    card.data.eval_results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=(datasets or {}).get(row["task"], row["task"]),
+            dataset_name=row["task"],
+            dataset_split="test",
+            metric_type=row["metric"],
+            metric_name=f"{row['metric']}, {row['method'].replace('_', ' ')}, mean of {row['n']}",
+            metric_value=round(row["mean"], 2),
+        )
+        for row in rows
+    ]
+    card.data.model_name = card.data.model_name or "hf_weightgen"
+    path.write_text(str(card), encoding="utf-8")
+
+
+def add_figures(folder: str | Path, title: str, command: str, table: str) -> None:
+    """
+    Puts a section with a table, and the command that makes it, into the card of a generator, before its limits. A section
+    of the same title is replaced.
+
+    Raises:
+        ValueError: If the folder's `README.md` is no card of [`write_card`].
+    """
+    path = Path(folder) / "README.md"
+    sections = path.read_text(encoding="utf-8").split(SECTION)
+    limits = [i for i, section in enumerate(sections) if section.startswith("Limits\n")]
+    if not limits:
+        raise ValueError(f"{str(path)!r} has no section 'Limits': it is no card of this library.")
+    sections.insert(limits[0], f"{title}\n\n```bash\n{command}\n```\n\n{table}\n")
+    kept = [s for i, s in enumerate(sections) if i == limits[0] or not s.startswith(f"{title}\n")]
+    path.write_text(SECTION.join(kept), encoding="utf-8")

@@ -1,0 +1,190 @@
+"""A folder becomes a repository on the Hub: checked, with its card, and in one commit.
+
+Readers see the state before or the state after, never one between. `parent_commit` makes sure that nothing is overwritten
+which another publisher committed meanwhile. Many files go to a branch first, from where the one commit copies them: an
+interrupted publication finds there what it has sent already.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from .errors import HubError, explained, retry_after, status_of
+from .untrusted import check_folder
+
+
+# what marks a kind of repository, first match first
+MARKERS = {
+    "generator": ("model_index.json",),
+    "adapter": ("adapter_config.json", "*/adapter_config.json"),
+    "zoo": ("data/*.parquet",),
+    "network": ("config.json", "*/config.json"),
+}
+OWN_FILES = ("*.safetensors", "*.parquet", "*.json", "*.py")  # replaced by a publication; other files are left alone
+FILES_PER_COMMIT = 50
+ATTEMPTS = 4
+LONGEST_WAIT = 60  # seconds; a Hub that wants more is reported
+
+
+def kind_of(folder: str | Path) -> str:
+    """
+    `"generator"`, `"adapter"`, `"zoo"` or `"network"`.
+
+    Raises:
+        ValueError: If the folder is none of them.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r} to publish.")
+    for kind, patterns in MARKERS.items():
+        if any(file.is_file() for pattern in patterns for file in Path(folder).glob(pattern)):
+            return kind
+    markers = ", ".join(f"{patterns[0]} ({kind})" for kind, patterns in MARKERS.items())
+    raise ValueError(f"{str(folder)!r} is nothing that can be published: it has none of {markers}.")
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """
+    Makes a repository on the Hub equal to a folder, in one commit; calling it again after an error continues.
+
+    Args:
+        folder (`str` or `Path`): A whole generator, adapter, network or zoo with its card `README.md`.
+        repo_id (`str`): `NAMESPACE/NAME`; created if it is not there.
+        private (`bool`, *optional*): Who may see a new repository. Default: that of the namespace.
+        token (`str` or `bool`, *optional*): Default: the one of the environment or of `hf auth login`.
+        revision (`str`, *optional*): Branch, made from `main` if it is not there. Default: `main`.
+
+    Returns:
+        `CommitInfo`: The commit, which has its address as `commit_url`.
+
+    Raises:
+        ValueError: If the folder cannot be published, or the repository holds something of another kind. Nothing has been
+            committed then.
+        HubError: If the Hub, the connection or the disk fails; the message says what to do.
+    """
+    folder, kind = Path(folder), kind_of(folder)
+    check_folder(folder)
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{str(folder)!r} has no card: write a `README.md`, see `write_card`.")
+    repo_type = "dataset" if kind == "zoo" else "model"
+    files = sorted(
+        p for p in folder.rglob("*") if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
+    )
+    branch, message = revision or "main", commit_message or f"Publish a {kind} with hf_weightgen"
+    api = HfApi(token=token, library_name="hf_weightgen")
+    repo = {"repo_id": repo_id, "repo_type": repo_type}
+    with explained("publishing to", repo_id, revision, resumes=True):
+        _create(api, repo, private, branch)
+        info = api.repo_info(**repo, revision=branch, files_metadata=True)
+        there = {file.rfilename: file for file in info.siblings}
+        _check_kind(repo_id, kind, there)
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+        kept = {operation.path_in_repo for operation in additions}
+        stale = [CommitOperationDelete(name) for name in there if name not in kept and _is_own(name)]
+        if len(additions) <= FILES_PER_COMMIT:
+            return _commit(api, repo, branch, [*additions, *stale], message, info.sha)
+        staged = _stage(api, repo, additions, info.sha, message)
+        copies = [CommitOperationCopy(a.path_in_repo, a.path_in_repo, src_revision=staged) for a in additions]
+        committed = _commit(api, repo, branch, [*copies, *stale], message, info.sha)
+        api.delete_branch(**repo, branch=staged)
+        return committed
+
+
+def _create(api: HfApi, repo: dict, private: bool | None, branch: str) -> None:
+    try:
+        head = api.repo_info(**repo, revision=branch)
+    except RevisionNotFoundError:
+        api.create_branch(**repo, branch=branch, exist_ok=True)
+        return
+    except RepositoryNotFoundError:
+        api.create_repo(**repo, private=private, exist_ok=True)
+        if branch != "main":
+            api.create_branch(**repo, branch=branch, exist_ok=True)
+        return
+    if private is not None and bool(head.private) != private:
+        is_now, wanted = ("private" if p else "public" for p in (head.private, private))
+        raise HubError(
+            f"Publishing to {repo['repo_id']!r} failed: it exists and is {is_now}, not {wanted}. Change that in its settings, or "
+            "leave `private` out."
+        )
+
+
+def _check_kind(repo_id: str, kind: str, there: dict) -> None:
+    """A repository that holds something else is not overwritten by mistake."""
+    others = sorted(name for name in there if _is_own(name))
+    if others and not any(Path(name).match(pattern) for name in there for pattern in MARKERS[kind]):
+        raise ValueError(
+            f"Repository {repo_id!r} holds {others[0]!r}, and is no {kind}; it is left as it is. Choose another id, or empty it."
+        )
+
+
+def _is_own(name: str) -> bool:
+    return any(Path(name).match(pattern) for pattern in OWN_FILES)
+
+
+def _stage(api: HfApi, repo: dict, additions: Sequence[CommitOperationAdd], head: str, message: str) -> str:
+    """Brings files onto a branch named after what is in them, and returns its name."""
+    told = "".join(f"{a.path_in_repo}\n{a.upload_info.sha256.hex()}\n" for a in additions)
+    branch = f"upload-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    api.create_branch(**repo, branch=branch, revision=head, exist_ok=True)
+    there = {f.rfilename: f for f in api.repo_info(**repo, revision=branch, files_metadata=True).siblings}
+    missing = [operation for operation in additions if not _is_there(operation, there)]
+    for start in range(0, len(missing), FILES_PER_COMMIT):
+        part = missing[start : start + FILES_PER_COMMIT]
+        _commit(api, repo, branch, part, f"{message}: {start + len(part)} of {len(missing)} files", None)
+    return branch
+
+
+def _commit(api: HfApi, repo: dict, branch: str, operations: list, message: str, parent: str | None) -> CommitInfo:
+    """`create_commit`, which itself does not retry its last request."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return api.create_commit(
+                **repo, operations=operations, commit_message=message, revision=branch, parent_commit=parent
+            )
+        except HTTPError as error:
+            status = status_of(error)
+            if status == 412 and attempt and (arrived := _arrived(api, repo, branch, operations, message)):
+                return arrived  # an earlier attempt was committed, and only its answer was lost
+            wait = retry_after(error) or 2**attempt
+            passes = status is None or status == 429 or status >= 500
+            if not passes or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
+                raise
+            time.sleep(wait)
+
+
+def _arrived(api: HfApi, repo: dict, branch: str, operations: list, message: str) -> CommitInfo | None:
+    info = api.repo_info(**repo, revision=branch, files_metadata=True)
+    there = {file.rfilename: file for file in info.siblings}
+    for operation in operations:
+        is_there = operation.path_in_repo in there
+        if isinstance(operation, CommitOperationDelete) == is_there:
+            return None
+        if isinstance(operation, CommitOperationAdd) and not _is_there(operation, there):
+            return None
+    prefix = "datasets/" if repo["repo_type"] == "dataset" else ""
+    url = f"{api.endpoint}/{prefix}{repo['repo_id']}/commit/{info.sha}"
+    return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=info.sha)
+
+
+def _is_there(operation: CommitOperationAdd, there: dict) -> bool:
+    """Whether the repository holds the same bytes under the same name."""
+    file = there.get(operation.path_in_repo)
+    if file is None:
+        return False
+    if file.lfs is not None:
+        return file.lfs.sha256 == operation.upload_info.sha256.hex()
+    with operation.as_file() as opened:
+        data = opened.read()
+    return file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,236 @@
+"""What weight-generation pipelines return: weights that become models, folders and repositories."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers.utils import BaseOutput
+from huggingface_hub import CommitInfo
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..hub.cards import has_card, readdress, write_card
+from ..hub.errors import explained
+from ..hub.publish import kind_of, publish
+from ..targets import architectures
+from ..targets.architectures import TargetConfig, TargetModel
+from ..targets.base_models import load_classifier
+
+
+@dataclass
+class WeightGenOutput(BaseOutput):
+    """
+    Generated weights.
+
+    Args:
+        weights (`list[dict[str, torch.Tensor]]`):
+            One state dict per sample, prompt by prompt: a LoRA adapter in PEFT's names with its head, or a whole network.
+            With `output_type="latent"` an empty list.
+        labels (`list[list[str]]`): Per sample the class names, in the order of the head's rows.
+        tasks (`list[str]`): Per sample the known task whose prompts are nearest.
+        prompts (`list[str]`): Per sample the prompt.
+        seeds (`list[int]`): Per sample the seed of its noise.
+        target (`dict`): What receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
+            `{"kind": "network", "config": {...}}`.
+        latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
+        generator_id (`str`): Where the generator was loaded from.
+    """
+
+    weights: list
+    labels: list
+    tasks: list
+    prompts: list
+    seeds: list
+    target: dict
+    latents: Tensor
+    generator_id: str
+
+    def __repr__(self) -> str:
+        prompts = list(dict.fromkeys(self.prompts))
+        return f"{type(self).__name__}({len(self.labels)} samples for {prompts}, seeds {self.seeds})"
+
+    def to_model(self, index: int = 0):
+        """
+        The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
+        `id2label`, or a [`TargetModel`].
+        """
+        count = len(self.weights)
+        if not -count <= index < count:
+            raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
+        weights, names = self.weights[index], self.labels[index]
+        id2label = dict(enumerate(names))
+        label2id = {name: i for i, name in id2label.items()}
+        if self.target["kind"] == "network":
+            config = TargetConfig(
+                **self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id
+            )
+            model = TargetModel(config)
+            model.load_state_dict(weights)
+            return model.eval()
+        base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
+        model = get_peft_model(base, LoraConfig(**self.target["lora"]))
+        places = {
+            name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }
+        came = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = [name for name in places | came if places.get(name) != came.get(name)]
+        if wrong:
+            raise ValueError(
+                f"The base model {self.target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
+                f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
+            )
+        set_peft_model_state_dict(model, weights)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> list[Path]:
+        """
+        Saves one sample as a plain PEFT (or transformers) folder at `save_directory`, several as `0000`, `0001`, … in it,
+        each with a card and `labels.json`. Folders appear only when they are complete.
+
+        Returns:
+            `list[Path]`: The folders.
+        """
+        root = Path(save_directory)
+        if not self.weights:
+            raise ValueError(
+                "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
+            )
+        file = next((path for path in (root, *root.parents) if path.is_file()), None)
+        if file is not None:
+            raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
+        count = 0 if len(self.weights) == 1 else len(self.weights)
+        old = sorted(p.name for p in root.glob("[0-9]" * 4) if int(p.name) >= count)
+        if old:
+            raise ValueError(
+                f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of "
+                "this call; give another folder, or delete it."
+            )
+        folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
+        for index, folder in enumerate(folders):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".weightgen-") as temporary:
+                self._write(index, Path(temporary))
+                folder.mkdir(exist_ok=True)
+                for file in Path(temporary).iterdir():
+                    os.replace(file, folder / file.name)
+        return folders
+
+    def _write(self, index: int, folder: Path) -> None:
+        names = self.labels[index]
+        if self.target["kind"] == "network":
+            self.to_model(index).save_pretrained(folder)
+        else:
+            config = LoraConfig(
+                **self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True
+            )
+            config.save_pretrained(folder)
+            tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
+        write_card(
+            folder,
+            kind=self.target["kind"],
+            base_model=self.target.get("base_model"),
+            labels=names,
+            prompt=self.prompts[index],
+            seed=self.seeds[index],
+            task=self.tasks[index],
+            generator=self.generator_id,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        indices: Sequence[int] | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        remote_code: bool = False,
+    ) -> CommitInfo:
+        """
+        Publishes samples as a plain PEFT (or transformers) repository that loads without this library: one sample at its
+        root, several in the folders `0000`, `0001`, … (`subfolder="0000"` loads the first of them).
+
+        Args:
+            indices: Which samples. Default: all.
+            private, token, revision, commit_message: See [`~hub.publish.publish`].
+            remote_code: For networks, see [`publish_weights`].
+        """
+        with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
+            folder = Path(temporary) / "weights"
+            chosen = self if indices is None else self.select(indices)
+            chosen.save_pretrained(folder)
+            return publish_weights(
+                folder,
+                repo_id,
+                remote_code,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
+    def select(self, indices: Sequence[int]) -> "WeightGenOutput":
+        """The samples with these numbers, in this order."""
+        count = len(self.labels)
+        wrong = [i for i in indices if not -count <= i < count]
+        if wrong or not len(indices):
+            raise IndexError(
+                f"There is no sample {wrong[0] if wrong else ''}: choose among the {count} of this output."
+            )
+        kept = {name: [getattr(self, name)[i] for i in indices] for name in ("labels", "tasks", "prompts", "seeds")}
+        weights = [self.weights[i] for i in indices] if self.weights else []
+        return replace(self, weights=weights, latents=self.latents[list(indices)], **kept)
+
+
+def publish_weights(folder: str | Path, repo_id: str, remote_code: bool = False, **settings) -> CommitInfo:
+    """
+    Publishes a folder of saved adapters or networks, which is left as it is.
+
+    Args:
+        remote_code: For networks: adds `modeling_target.py`, with which they load through `trust_remote_code=True` where
+            this library is not installed.
+        settings: Of [`~hub.publish.publish`].
+
+    Raises:
+        ValueError: If an adapter names its base model by a path, or `remote_code` is asked for adapters.
+    """
+    kind = kind_of(folder)
+    with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
+        copy = Path(shutil.copytree(folder, Path(temporary) / "weights"))
+        name = "adapter_config.json" if kind == "adapter" else "config.json"
+        for file in sorted([*copy.glob(name), *copy.glob(f"*/{name}")]):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if kind == "adapter":
+                _complete_adapter(file.parent, config, remote_code)
+            elif remote_code:
+                module = "modeling_target"
+                config["auto_map"] = {"AutoConfig": f"{module}.TargetConfig", "AutoModel": f"{module}.TargetModel"}
+                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                shutil.copyfile(architectures.__file__, file.parent / f"{module}.py")
+            readdress(file.parent, repo_id)
+        if not (copy / "README.md").is_file():  # several samples: the card of the first speaks for all
+            shutil.copyfile(sorted(copy.glob("*/README.md"))[0], copy / "README.md")
+        return publish(copy, repo_id, **settings)
+
+
+def _complete_adapter(folder: Path, config: dict, remote_code: bool) -> None:
+    base = config.get("base_model_name_or_path")
+    if remote_code:
+        raise ValueError("`remote_code` is for networks: adapters load with plain PEFT.")
+    if not isinstance(base, str) or base.count("/") > 1 or base.startswith((".", "/", "~")) or "\\" in base:
+        raise ValueError(
+            f"The adapter in {str(folder)!r} names its base model {base!r}, which nobody else can load; set "
+            "`base_model_name_or_path` to the model's id on the Hub."
+        )
+    if not has_card(folder):
+        labels = folder / "labels.json"
+        names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else []
+        write_card(folder, "adapter", base_model=base, labels=names)
