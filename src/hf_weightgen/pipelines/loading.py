@@ -7,7 +7,7 @@ first (on torch's meta device), where a network that is larger than its file is 
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +15,26 @@ import diffusers
 import torch
 import transformers
 from diffusers import ModelMixin, SchedulerMixin
+from peft import LoraConfig
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import components
 from ..hub.untrusted import UntrustedFileError, check_folder, read_header, read_json
+from ..targets.architectures import TargetConfig
+from ..targets.base_models import unpack_embeddings
 
 
 COMPONENTS = "hf_weightgen.components"
 STUB = "modeling"  # module of the same classes in a repository that the stock `DiffusionPipeline` can load
 OURS = ("WeightDenoiser", "WeightTokenizer", "WeightVAE")
 INDEX = "model_index.json"
+NUMBERS = {  # setting of an index -> its range and types
+    "num_inference_steps": (1, 1_000, int),
+    "guidance_scale": (-100, 100, (int, float)),
+    "far_below": (-1, 1, (int, float)),
+    "known_above": (-1, 1, (int, float)),
+}
 LARGEST_SETTING = 1_000_000  # of a scheduler, which allocates as many numbers
 LIBRARIES = {
     "diffusers": (diffusers, (ModelMixin, SchedulerMixin)),
@@ -151,6 +160,46 @@ def _limited(most_scalars: int, most_tensors: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def check_settings(config: Mapping, embedding_size: int) -> None:
+    """
+    Checks what the index of a generator says beside its components.
+
+    Raises:
+        ValueError: If a setting has another type or range than a generator works with; the message names it.
+    """
+    target, encoder, tasks = config.get("target"), config.get("encoder"), config.get("tasks")
+    match target:
+        case {"kind": "adapter", "base_model": str(), "lora": {"r": int(), "task_type": "SEQ_CLS"} as lora}:
+            LoraConfig(**lora)
+        case {"kind": "network", "config": {**settings}}:
+            TargetConfig(**settings, num_classes=2)
+        case _:
+            raise ValueError(
+                f"`target` {str(target)[:200]} is neither an adapter with base model and `lora`, nor a network."
+            )
+    if encoder is not None and not (isinstance(encoder, Mapping) and isinstance(encoder.get("id"), str)):
+        raise ValueError(f"`encoder` must name a model by its `id`, got {str(encoder)[:200]}.")
+    if not isinstance(tasks, list) or not tasks:
+        raise ValueError("`tasks` must list the known tasks, and there is none.")
+    for task in tasks:
+        match task:
+            case {
+                "name": str(),
+                "family": str(),
+                "labels": [str(), str(), *rest],
+                "prompt_embeddings": str(packed),
+            } if all(isinstance(label, str) for label in rest):
+                unpack_embeddings(packed, embedding_size)
+            case _:
+                raise ValueError(
+                    f"`tasks` holds {str(task)[:200]}, which has no name, family, labels and prompt embeddings."
+                )
+    for name, (low, high, kinds) in NUMBERS.items():
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {str(value)[:60]!r}.")
 
 
 def write_stubs(folder: str | Path) -> None:

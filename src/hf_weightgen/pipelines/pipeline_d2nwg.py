@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..models.modeling_weight_vae import WeightVAE
+from ..targets.architectures import TargetConfig, TargetModel
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
+from .loading import check_settings
 from .pipeline_utils import MismatchWarning, WeightGenOutput, WeightGenPipeline
 
 
@@ -81,6 +83,32 @@ class D2NWGPipeline(WeightGenPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+
+    def check_parts(self) -> None:
+        check_settings(self.config, self.vae.config.embedding_size)
+        self._check_scheduler()
+        self.scheduler.set_timesteps(self.config.num_inference_steps)  # fails where its settings make no sense
+        tokenizer, vae, unet = self.weight_tokenizer, self.vae.config, self.unet.config
+        told = tokenizer.token_size, tokenizer.num_body_tokens(0)
+        if told != (vae.token_size, vae.num_body_tokens):
+            raise ValueError(
+                f"the weight tokenizer makes {told[1]} tokens of {told[0]} scalars, the autoencoder reads {vae.num_body_tokens} of "
+                f"{vae.token_size}."
+            )
+        size = unet.sample_size
+        shape = unet.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
+        if tuple(vae.latent_shape) != shape:
+            raise ValueError(f"latents have the shape {tuple(vae.latent_shape)}, the denoiser reads {shape}.")
+        target, tensors = self.config.target, {spec.name: spec.shape for spec in tokenizer.layouts[0].tensors}
+        ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
+        if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
+            raise ValueError(f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}.")
+        if target["kind"] == "network":
+            with torch.device("meta"):
+                wanted = dict(TargetModel(TargetConfig(**target["config"], num_classes=2)).named_parameters())
+            body = {name: shape for name, shape in tensors.items() if name not in tokenizer.layouts[0].head}
+            if any(name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()):
+                raise ValueError("`target` describes another network than the tokenizer's tensors.")
 
     @torch.no_grad()
     def __call__(
