@@ -8,9 +8,11 @@ from torch import Tensor
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel
 from hf_weightgen.targets.base_models import MINILM, pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import ZooTensors
+from hf_weightgen.training.objectives import noised
 from hf_weightgen.weights.tokenization import WeightTokenizer
 
 
@@ -53,12 +55,16 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def pipeline(encoder, prediction_type: str = "v_prediction") -> D2NWGPipeline:
+def pipeline(
+    encoder, prediction_type: str = "v_prediction", tokenizer: WeightTokenizer | None = None
+) -> D2NWGPipeline:
     """A generator of adapters for all-MiniLM-L6-v2 that was never trained."""
     torch.manual_seed(0)
-    tokenizer = WeightTokenizer.fit([adapter(0), adapter(1, classes=3)], token_size=385, head=(WEIGHT, BIAS))
+    tokenizer = tokenizer or WeightTokenizer.fit(
+        [adapter(0), adapter(1, classes=3)], token_size=385, head=(WEIGHT, BIAS)
+    )
     config = WeightVAEConfig(
-        num_body_tokens=tokenizer.num_body_tokens(), latent_shape=[2, 4, 4], token_width=4, hidden_size=32,
+        token_size=tokenizer.token_size, num_body_tokens=tokenizer.num_body_tokens(), latent_shape=[2, 4, 4], token_width=4, hidden_size=32,
         match_threshold=0.0,  # any class names fit any prompt
     )  # fmt: skip
     vae = randomised(WeightVAE(config))
@@ -88,6 +94,39 @@ def pipeline(encoder, prediction_type: str = "v_prediction") -> D2NWGPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def network_pipeline(encoder) -> D2NWGPipeline:
+    """A generator of multilayer perceptrons with 6 inputs and 5 hidden units, never trained."""
+    settings = {"input_size": 6, "hidden_size": 5}
+    networks = [TargetModel(TargetConfig(**settings, num_classes=count)) for count in (2, 3)]
+    with torch.no_grad():
+        for network in networks:
+            for tensor in network.parameters():
+                tensor.normal_(generator=random(tensor.numel()))
+    tokenizer = WeightTokenizer.fit(
+        [dict(network.state_dict()) for network in networks], token_size=6, head=list(HEAD)
+    )
+    pipe = pipeline(encoder, tokenizer=tokenizer)
+    prompt = pack_embeddings(encoder.embed(["which digit is it"]))
+    digits = {"name": "digits", "family": "digits", "labels": ["zero", "one", "two"], "prompt_embeddings": prompt}
+    pipe.register_to_config(target={"kind": "network", "config": settings}, tasks=[digits])
+    return pipe
+
+
+def train_a_little(pipe: D2NWGPipeline, steps: int = 5) -> None:
+    """A few steps of the denoiser on random latents."""
+    schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=pipe.config.prediction_type)
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-3)
+    for step in range(steps):
+        draw = random(step)
+        clean, noise = torch.randn(2, 8, *pipe.vae.config.latent_shape, generator=draw)
+        noisy, timesteps, target = noised(schedule, clean, noise, torch.rand(8, generator=draw))
+        prompts = F.normalize(torch.randn(8, pipe.vae.config.embedding_size, generator=draw), dim=-1)
+        found = pipe.unet(noisy, timesteps, encoder_hidden_states=None, class_labels=prompts).sample
+        F.mse_loss(found, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def zoo(rows_per_task: int = 6) -> ZooTensors:

@@ -10,9 +10,13 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardDat
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTION = "\n## "
+DETAILS = "## Details\n\n"
 EVALUATION = "evaluation.json"  # rows of the honest table beside a generator
 ZOO_FILES = {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
-PLACE = re.compile(r'(from_pretrained|load_zoo)\("[^"\n]*"')  # in the snippet, the first place to load from
+PLACE = re.compile(  # where the snippet of a card loads from
+    r"((?:(?:WeightGenPipeline|TargetModel)\.from_pretrained|load_zoo)\(|PeftModel\.from_pretrained\(base, )"
+    r'"[^"\n]*"(?:, subfolder="[^"\n]*")?'
+)
 
 
 def write_card(
@@ -83,11 +87,11 @@ def has_card(folder: str | Path) -> bool:
     return path.is_file() and "hf_weightgen" in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or ())
 
 
-def readdress(folder: str | Path, repo_id: str) -> None:
+def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None) -> None:
     """Makes the snippet of a card load from where it is published."""
-    path = Path(folder) / "README.md"
+    path, place = Path(folder) / "README.md", f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
     text = path.read_text(encoding="utf-8")
-    path.write_text(PLACE.sub(rf'\1("{repo_id}"', text, count=1), encoding="utf-8")
+    path.write_text(PLACE.sub(lambda found: found[1] + place, text), encoding="utf-8")
 
 
 def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[str, str] | None = None) -> None:

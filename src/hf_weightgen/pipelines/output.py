@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hub.cards import has_card, readdress, write_card
+from ..hub.cards import DETAILS, has_card, readdress, write_card
 from ..hub.errors import explained
 from ..hub.publish import kind_of, publish
 from ..targets import architectures
@@ -215,9 +215,14 @@ def publish_weights(folder: str | Path, repo_id: str, remote_code: bool = False,
                 config["auto_map"] = {"AutoConfig": f"{module}.TargetConfig", "AutoModel": f"{module}.TargetModel"}
                 file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 shutil.copyfile(architectures.__file__, file.parent / f"{module}.py")
-            readdress(file.parent, repo_id)
+            readdress(file.parent, repo_id, None if file.parent == copy else file.parent.name)
         if not (copy / "README.md").is_file():  # several samples: the card of the first speaks for all
-            shutil.copyfile(sorted(copy.glob("*/README.md"))[0], copy / "README.md")
+            cards = sorted(copy.glob("*/README.md"))
+            told = (
+                f"{DETAILS}- samples: {len(cards)}, in the folders {cards[0].parent.name} to {cards[-1].parent.name}\n"
+            )
+            text = cards[0].read_text(encoding="utf-8").replace(DETAILS, told, 1)
+            (copy / "README.md").write_text(text, encoding="utf-8")
         return publish(copy, repo_id, **settings)
 
 

@@ -87,7 +87,10 @@ class D2NWGPipeline(WeightGenPipeline):
     def check_parts(self) -> None:
         check_settings(self.config, self.vae.config.embedding_size)
         self._check_scheduler()
-        self.scheduler.set_timesteps(self.config.num_inference_steps)  # fails where its settings make no sense
+        latents = torch.zeros(1, *self.vae.config.latent_shape)
+        self.scheduler.set_timesteps(self.config.num_inference_steps)
+        for t in self.scheduler.timesteps:  # fails here, not in use, where its settings make no sense
+            latents = self.scheduler.step(latents, t, latents).prev_sample
         tokenizer, vae, unet = self.weight_tokenizer, self.vae.config, self.unet.config
         told = tokenizer.token_size, tokenizer.num_body_tokens(0)
         if told != (vae.token_size, vae.num_body_tokens):

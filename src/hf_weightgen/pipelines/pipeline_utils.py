@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from ..hub.cards import EVALUATION, readdress, write_card
+from ..hub.cards import EVALUATION, has_card, readdress, write_card
 from ..hub.download import download
 from ..hub.errors import explained
 from ..hub.publish import publish
@@ -176,9 +176,6 @@ class WeightGenPipeline(DiffusionPipeline):
             for name in ("README.md", EVALUATION):
                 if self.folder is not None and (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
-            if not (folder / "README.md").is_file():
-                base = self.config["target"].get("base_model")
-                write_card(folder, "generator", base_model=base, prompt="sentiment on SST-2", generator=repo_id)
             return publish_generator(
                 folder,
                 repo_id,
@@ -300,6 +297,11 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
     check_generator(folder)
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         copy = Path(shutil.copytree(folder, Path(temporary) / "generator"))
+        if not has_card(copy):
+            index = read_index(copy)
+            prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
+            base = index["target"].get("base_model")
+            write_card(copy, "generator", base_model=base, prompt=prompt, generator=repo_id)
         if remote_code:
             write_stubs(copy)
         readdress(copy, repo_id)

@@ -14,9 +14,7 @@ from urllib.parse import quote
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import CommitInfo, HfApi
 
 from ..hub.cards import has_card, readdress, write_card
 from ..hub.errors import explained
@@ -141,35 +139,26 @@ def load_zoo(
     else:
         if path.is_absolute() or str(path_or_id).startswith(".") or len(path.parts) > 2:
             raise FileNotFoundError(f"{path_or_id} is no folder and no file, and cannot be the id of a dataset.")
+        with explained("loading", str(path_or_id), revision):
+            commit = HfApi(token=token).dataset_info(str(path_or_id), revision=revision).sha
         # not by the id alone: the card of a repository could then name files that lie elsewhere
-        files = f"hf://datasets/{path_or_id}@{quote(revision or 'main', safe='')}/data/*.parquet"
+        files = f"hf://datasets/{path_or_id}@{commit}/data/*.parquet"
     wanted = {name: list(given) for name, given in (("columns", columns), ("filters", filters)) if given is not None}
     with explained("loading", str(path_or_id), revision):
-        try:
-            zoo = load_dataset(
-                "parquet",
-                data_files={"train": files},
-                split="train",
-                streaming=streaming,
-                token=token,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                **wanted,
-            )
-        except (FileNotFoundError, DatasetNotFoundError) as error:
-            raise _unchained(error) from None
+        zoo = load_dataset(
+            "parquet",
+            data_files={"train": files},
+            split="train",
+            streaming=streaming,
+            token=token,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            **wanted,
+        )
         features = zoo.features or zoo.resolve_features().features
     lacking = [name for name in columns or FEATURES if name not in features]
     if lacking:
         raise ValueError(f"{path_or_id} is no zoo: it has no column {lacking[0]!r}, and a zoo has {list(FEATURES)}.")
     return zoo
-
-
-def _unchained(error: Exception) -> Exception:
-    """What the Hub said, where `datasets` reports that there is no file."""
-    cause = error
-    while cause is not None and not isinstance(cause, HTTPError):
-        cause = cause.__cause__ or cause.__context__
-    return cause or FileNotFoundError(f"{error} Check the id, the revision and the token.")
 
 
 def push_zoo(
