@@ -5,7 +5,8 @@ to fail. Over a folder it is a read-only mirror that serves `PATH/models/ORG/NAM
 
     python tests/local_hub.py --root PATH -- COMMAND
 
-runs COMMAND with `HF_ENDPOINT` set, so that it finds everything under its Hub id.
+runs COMMAND with `HF_ENDPOINT` set, so that it finds everything under its Hub id. Without `--root` the Hub is empty, and
+COMMAND may write to it.
 """
 
 import argparse
@@ -199,6 +200,7 @@ def _mirrored(path: Path) -> Blob:
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement of its headers
 
     def log_message(self, *_):
         pass
@@ -516,17 +518,22 @@ def _entries(files: dict[str, Blob], folder: str, recursive: bool) -> list[dict]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True, help="Folder with models/ORG/NAME and datasets/ORG/NAME.")
+    parser.add_argument("--root", type=Path, help="Folder with models/ORG/NAME and datasets/ORG/NAME.")
     parser.add_argument(
         "--home", type=Path, help="HF_HOME of the command, kept afterwards. Default: a temporary folder."
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND")
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not args.root.is_dir() or not command:
-        parser.error(f"needs a folder, got {str(args.root)!r}, and after -- a command, got {command}")
+    if (args.root is not None and not args.root.is_dir()) or not command:
+        parser.error(
+            f"`--root` must be a folder, got {str(args.root)!r}, and after -- stands a command, got {command}"
+        )
     with LocalHub(args.root) as hub, tempfile.TemporaryDirectory() as temporary:
-        return subprocess.run(command, env={**os.environ, **hub.environment(args.home or temporary)}).returncode
+        token = {} if args.root else {"HF_TOKEN": "hf_writer"}
+        return subprocess.run(
+            command, env={**os.environ, **hub.environment(args.home or temporary), **token}
+        ).returncode
 
 
 if __name__ == "__main__":

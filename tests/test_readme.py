@@ -39,8 +39,8 @@ def test_the_set_up_commands_are_those_of_ci_and_make():
         assert install in (ROOT / other).read_text(), other
 
 
-def test_python_snippets_run(tmp_path, monkeypatch):
-    """In the order of the page and in one namespace, as a reader would run them."""
+def test_python_snippets_run(tmp_path, monkeypatch, hub):
+    """In the order of the page and in one namespace, as a reader would run them; the Hub is one on loopback."""
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for snippet in SNIPPETS:

@@ -170,6 +170,9 @@ def publish(
         bool, typer.Option(help="Add the code that stock diffusers or transformers load with trust_remote_code=True.")
     ] = False,
     half: Annotated[bool, typer.Option(help="Round the weights of a zoo to float16.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="What `hf-weightgen evaluate --out` wrote, for the card of adapters.")
+    ] = None,
 ):
     """Publish to the Hub, with its card and in one commit; the token is that of `hf auth login` or HF_TOKEN."""
     from .hub.publish import kind_of
@@ -179,6 +182,9 @@ def publish(
         raise ValueError("--remote-code: a zoo has no code.")
     if kind != "zoo" and half:
         raise ValueError(f"--half is for zoos; {str(folder)!r} is a {kind}, published as it was saved.")
+    if results is not None and kind in ("zoo", "generator"):
+        raise ValueError(f"--results is for adapters and networks; {str(folder)!r} is a {kind}.")
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results is not None else ()
     settings = {"private": private, "revision": revision, "commit_message": message}
     if kind == "zoo":
         from .zoo.folder import push_zoo
@@ -191,7 +197,7 @@ def publish(
     else:
         from .pipelines.output import publish_weights
 
-        commit = publish_weights(folder, repo_id, remote_code, **settings)
+        commit = publish_weights(folder, repo_id, remote_code, rows, **settings)
     print(f"published the {kind}: {commit.commit_url}")
 
 

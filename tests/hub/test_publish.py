@@ -127,7 +127,9 @@ def test_the_default_card_of_another_library_is_replaced(hub, folder):
     assert info.library_name == "peft" and info.card_data.base_model == "acme/base"
     assert info.card_data["base_model_relation"] == "adapter" and "hf_weightgen" in info.tags
     text = files_of(hub)["README.md"].decode()
-    assert 'from_pretrained("acme/lora"' in text and "PATH_OR_ID" not in text and "Model ID" not in text
+    assert (
+        'PeftModel.from_pretrained(base, "acme/lora")' in text and "PATH_OR_ID" not in text and "Model ID" not in text
+    )
     assert "Model ID" in (folder / "README.md").read_text(), "the given folder is left as it is"
 
 

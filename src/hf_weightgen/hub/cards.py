@@ -13,6 +13,8 @@ SECTION = "\n## "
 DETAILS = "## Details\n\n"
 EVALUATION = "evaluation.json"  # rows of the honest table beside a generator
 ZOO_FILES = {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}
+# rows of the honest table that stand in a card's metadata; all of them stand beside it
+RESULTS = ("generated", "zoo", "lookup", "zoo_average", "gaussian", "cosine_label_names", "majority")
 PLACE = re.compile(  # where the snippet of a card loads from
     r"((?:(?:WeightGenPipeline|TargetModel)\.from_pretrained|load_zoo)\(|PeftModel\.from_pretrained\(base, )"
     r'"[^"\n]*"(?:, subfolder="[^"\n]*")?'
@@ -102,7 +104,7 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
         rows: Rows of the table: `task`, `method`, `metric`, `mean` in points, `n`.
         datasets: Hub id of each task's dataset; a task without one is named by itself.
     """
-    path = Path(folder) / "README.md"
+    path, rows = Path(folder) / "README.md", [row for row in rows if row["method"] in RESULTS]
     card = ModelCard.load(path)
     card.data.eval_results = [
         EvalResult(

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HTTPError, RevisionNotFoundError
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from .errors import HubError, explained, retry_after, status_of
 from .untrusted import check_folder
@@ -85,8 +86,7 @@ def publish(
     api = HfApi(token=token, library_name="hf_weightgen")
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     with explained("publishing to", repo_id, revision, resumes=True):
-        _create(api, repo, private, branch)
-        info = api.repo_info(**repo, revision=branch, files_metadata=True)
+        info = _created(api, repo, private, branch)
         there = {file.rfilename: file for file in info.siblings}
         _check_kind(repo_id, kind, there)
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
@@ -101,23 +101,21 @@ def publish(
         return committed
 
 
-def _create(api: HfApi, repo: dict, private: bool | None, branch: str) -> None:
+def _created(api: HfApi, repo: dict, private: bool | None, branch: str) -> ModelInfo | DatasetInfo:
+    """What the branch of the repository holds; both are made if they are not there."""
+    api.create_repo(**repo, private=private, exist_ok=True)
     try:
-        head = api.repo_info(**repo, revision=branch)
+        info = api.repo_info(**repo, revision=branch, files_metadata=True)
     except RevisionNotFoundError:
         api.create_branch(**repo, branch=branch, exist_ok=True)
-        return
-    except RepositoryNotFoundError:
-        api.create_repo(**repo, private=private, exist_ok=True)
-        if branch != "main":
-            api.create_branch(**repo, branch=branch, exist_ok=True)
-        return
-    if private is not None and bool(head.private) != private:
-        is_now, wanted = ("private" if p else "public" for p in (head.private, private))
+        info = api.repo_info(**repo, revision=branch, files_metadata=True)
+    if private is not None and bool(info.private) != private:
+        is_now, wanted = ("private" if p else "public" for p in (info.private, private))
         raise HubError(
             f"Publishing to {repo['repo_id']!r} failed: it exists and is {is_now}, not {wanted}. Change that in its settings, or "
             "leave `private` out."
         )
+    return info
 
 
 def _check_kind(repo_id: str, kind: str, there: dict) -> None:

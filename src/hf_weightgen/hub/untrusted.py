@@ -96,16 +96,14 @@ def read_json(file: str | Path):
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UntrustedFileError(f"{str(file)!r} is no JSON ({why}); download or save it anew.") from error
-    level, depth = [value], 0
-    while level := [inner for outer in level if isinstance(outer, (dict, list)) for inner in _items(outer)]:
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    while level:
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, (dict, list))]
         depth += 1
         if depth > MAX_JSON_DEPTH:
             raise UntrustedFileError(f"{str(file)!r} is nested more than {MAX_JSON_DEPTH} deep; it is not loaded.")
     return value
-
-
-def _items(container: dict | list):
-    return container.values() if isinstance(container, dict) else container
 
 
 def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:

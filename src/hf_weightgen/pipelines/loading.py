@@ -78,8 +78,13 @@ def check_generator(folder: str | Path, given: Iterable[str] = ()) -> None:
     Raises:
         UntrustedFileError: If the folder holds what no generator of this library holds; the message names it.
     """
-    folder = Path(folder)
     check_folder(folder)
+    check_components(folder, given)
+
+
+def check_components(folder: str | Path, given: Iterable[str] = ()) -> None:
+    """The part of [`check_generator`] that needs to know what the files mean."""
+    folder = Path(folder)
     for name, entry in read_index(folder).items():
         is_component = (
             isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, (str, type(None))) for x in entry)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hub.cards import DETAILS, has_card, readdress, write_card
+from ..hub.cards import DETAILS, add_results, has_card, readdress, write_card
 from ..hub.errors import explained
 from ..hub.publish import kind_of, publish
 from ..targets import architectures
@@ -153,6 +153,7 @@ class WeightGenOutput(BaseOutput):
         revision: str | None = None,
         commit_message: str | None = None,
         remote_code: bool = False,
+        rows: Sequence[Mapping] = (),
     ) -> CommitInfo:
         """
         Publishes samples as a plain PEFT (or transformers) repository that loads without this library: one sample at its
@@ -161,7 +162,7 @@ class WeightGenOutput(BaseOutput):
         Args:
             indices: Which samples. Default: all.
             private, token, revision, commit_message: See [`~hub.publish.publish`].
-            remote_code: For networks, see [`publish_weights`].
+            remote_code, rows: See [`publish_weights`].
         """
         with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
             folder = Path(temporary) / "weights"
@@ -171,6 +172,7 @@ class WeightGenOutput(BaseOutput):
                 folder,
                 repo_id,
                 remote_code,
+                rows,
                 private=private,
                 token=token,
                 revision=revision,
@@ -190,13 +192,16 @@ class WeightGenOutput(BaseOutput):
         return replace(self, weights=weights, latents=self.latents[list(indices)], **kept)
 
 
-def publish_weights(folder: str | Path, repo_id: str, remote_code: bool = False, **settings) -> CommitInfo:
+def publish_weights(
+    folder: str | Path, repo_id: str, remote_code: bool = False, rows: Sequence[Mapping] = (), **settings
+) -> CommitInfo:
     """
     Publishes a folder of saved adapters or networks, which is left as it is.
 
     Args:
         remote_code: For networks: adds `modeling_target.py`, with which they load through `trust_remote_code=True` where
             this library is not installed.
+        rows: The honest table of the task, as `hf-weightgen evaluate --out` writes it, for the card and its metadata.
         settings: Of [`~hub.publish.publish`].
 
     Raises:
@@ -223,6 +228,8 @@ def publish_weights(folder: str | Path, repo_id: str, remote_code: bool = False,
             )
             text = cards[0].read_text(encoding="utf-8").replace(DETAILS, told, 1)
             (copy / "README.md").write_text(text, encoding="utf-8")
+        if rows:
+            add_results(copy, rows)
         return publish(copy, repo_id, **settings)
 
 

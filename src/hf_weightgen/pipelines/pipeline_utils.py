@@ -21,7 +21,7 @@ from ..hub.download import download
 from ..hub.errors import explained
 from ..hub.publish import publish
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
-from .loading import COMPONENTS, INDEX, check_generator, read_index, with_our_names, write_stubs
+from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 from .output import WeightGenOutput
 
 
@@ -294,7 +294,7 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
         remote_code: See [`~WeightGenPipeline.push_to_hub`].
         settings: Of [`~hub.publish.publish`].
     """
-    check_generator(folder)
+    check_components(folder)
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         copy = Path(shutil.copytree(folder, Path(temporary) / "generator"))
         if not has_card(copy):

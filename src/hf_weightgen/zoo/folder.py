@@ -168,7 +168,6 @@ def push_zoo(
     half: bool = False,
     rows_per_shard: int = 2_000,
     leave_out: Sequence[str] = (),
-    facts: Mapping[str, object] | None = None,
     **settings,
 ) -> CommitInfo:
     """
@@ -179,7 +178,6 @@ def push_zoo(
         folder (`str` or `Path`): The folder of a [`ZooFolder`]; a card of this library in it is published with it.
         half, leave_out: See [`merge`].
         rows_per_shard (`int`): How many rows a file holds.
-        facts (`Mapping`): Further lines of the card.
         settings: Of [`~hub.publish.publish`].
 
     Raises:
@@ -193,40 +191,24 @@ def push_zoo(
         if has_card(folder):
             shutil.copyfile(Path(folder) / "README.md", Path(temporary) / "README.md")
         else:
-            write_card(
-                temporary,
-                "zoo",
-                base_model=_base_model(temporary),
-                generator=repo_id,
-                facts=_facts(temporary) | dict(facts or {}),
-            )
+            base, told = describe(temporary)
+            write_card(temporary, "zoo", base_model=base, generator=repo_id, facts=told)
         readdress(temporary, repo_id)
         return publish(temporary, repo_id, **settings)
 
 
-def _facts(folder: str | Path) -> dict[str, object]:
-    """What the columns of a zoo tell of it."""
-    table = pa.concat_tables([read_table(shard, ["task", "split", "seed"]) for shard in ZooFolder(folder).shards()])
-    splits = table.column("split").value_counts().to_pylist()
-    return {
-        "rows": f"{len(table):,} (" + ", ".join(f"{s['values']}: {s['counts']:,}" for s in splits) + ")",
-        "tasks": ", ".join(sorted(set(table.column("task").to_pylist()))),
-        "seeds": ", ".join(map(str, sorted({s for s in table.column("seed").to_pylist() if s is not None}))),
+def describe(folder: str | Path) -> tuple[str | None, dict[str, str]]:
+    """The base model that all rows of a zoo have in common, if they have one, and what a card tells of its rows."""
+    columns = ["task", "split", "seed", "arch"]
+    table = pa.concat_tables([read_table(shard, columns) for shard in ZooFolder(folder).shards()])
+    tasks, splits, seeds, archs = (table.column(name).to_pylist() for name in columns)
+    bases = {(json.loads(arch) if isinstance(arch, str) else arch).get("base_model") for arch in archs}
+    count = ", ".join(f"{split}: {splits.count(split):,}" for split in sorted(set(splits)))
+    return bases.pop() if len(bases) == 1 else None, {
+        "rows": f"{len(table):,} ({count})",
+        "tasks": ", ".join(sorted(set(tasks))),
+        "seeds": ", ".join(map(str, sorted({seed for seed in seeds if seed is not None}))),
     }
-
-
-def _base_model(folder: str | Path) -> str | None:
-    """The base model that all rows have in common, if they have one."""
-    found = {
-        arch.get("base_model") if isinstance(arch, dict) else None
-        for shard in ZooFolder(folder).shards()
-        for arch in map(_parsed, read_table(shard, ["arch"]).column("arch").to_pylist())
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def _parsed(arch):
-    return json.loads(arch) if isinstance(arch, str) else arch
 
 
 def merge(folder: str | Path, out: str | Path, half: bool = True, num_shards: int = 1, leave_out=()) -> list[Path]:

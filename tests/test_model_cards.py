@@ -1,0 +1,52 @@
+"""The cards in `model_cards/` are what the renderer makes of today's generator, code and zoo."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from huggingface_hub import DatasetCard, ModelCard
+
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
+NAMES = ["network", "text-adapter", "text-generator", "text-zoo"]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("render_cards", ROOT / "examples" / "render_cards.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out = tmp_path_factory.mktemp("cards")
+    script.render(out, CARDS / "text-zoo")
+    return out
+
+
+def lines(path: Path) -> list[str]:
+    """Without the line that tells the version of whoever rendered it."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("- made with:")]
+
+
+def test_every_card_is_rendered():
+    assert sorted(path.parent.name for path in CARDS.glob("*/README.md")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_is_what_the_renderer_makes(name, rendered):
+    assert lines(CARDS / name / "README.md") == lines(rendered / name / "README.md"), (
+        "render them again: python examples/render_cards.py model_cards"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_has_what_the_hub_reads(name):
+    card = (DatasetCard if name == "text-zoo" else ModelCard).load(CARDS / name / "README.md")
+    assert card.data.license == "apache-2.0" and "hf_weightgen" in card.data.tags and "## Limits" in card.text
+    assert f"hf-weightgen/{name}" in card.text
+    if name != "network":
+        assert "all-MiniLM-L6-v2" in card.data.to_yaml()
+    if name == "text-generator":
+        results = {result.dataset_name: result for result in card.data.eval_results}
+        assert len(results) >= 20 and card.data.library_name == "hf_weightgen" and card.data.datasets
+    if name == "text-adapter":
+        assert card.data.library_name == "peft" and card.data["base_model_relation"] == "adapter"
