@@ -2,8 +2,10 @@
 
 import json
 import os
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -28,21 +30,38 @@ from tiny import network_pipeline, random, train_a_little
 
 PROMPT = "sentiment on SST-2"
 TEXTS = ["a gripping, funny film", "a dull and endless film"]
-WITHOUT_US = "import sys; sys.modules['hf_weightgen'] = None  # as if it were not installed\n"
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """The Python of a virtual environment that has all packages of this one but our own."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    venv.create(folder / "venv")
+    packages = folder / "packages"
+    packages.mkdir()
+    for place in map(Path, site.getsitepackages()):
+        for entry in place.iterdir():
+            if "hf_weightgen" not in entry.name and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    (own,) = (folder / "venv").glob("lib/python*/site-packages")
+    (own / "packages.pth").write_text(f"{packages}\n")
+    python = folder / "venv" / "bin" / "python"
+    code = "import importlib.util as i; print(i.find_spec('peft') is None, i.find_spec('hf_weightgen'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
+    assert told.stdout.split() == ["False", "None"], told.stderr
+    return python
 
 
 @pytest.fixture
 def fresh(hub, tmp_path):
     """Runs code in a process of its own, with an empty cache, and returns what it prints as JSON."""
 
-    def run(code: str, **environment):
-        told = (
-            os.environ
-            | hub.environment(tmp_path / "home")
-            | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-            | environment
-        )
-        done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=300)
+    def run(code: str, python: Path | str = sys.executable):
+        told = os.environ | hub.environment(tmp_path / "home") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+        if python != sys.executable:
+            told.pop("PYTHONPATH", None)
+        done = subprocess.run([python, "-c", code], env=told, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,7 +80,7 @@ def logits_of(model, texts=TEXTS) -> torch.Tensor:
         return model(**load_tokenizer(MINILM)(texts, padding=True, return_tensors="pt")).logits
 
 
-def test_train_publish_load_generate_publish_load(pipe, hub, fresh, base_on_the_hub, tmp_path):
+def test_train_publish_load_generate_publish_load(pipe, hub, fresh, elsewhere, base_on_the_hub):
     train_a_little(pipe)
     pipe.push_to_hub("acme/generator", private=True)
     made = fresh(
@@ -75,14 +94,15 @@ def test_train_publish_load_generate_publish_load(pipe, hub, fresh, base_on_the_
     expected = pipe(PROMPT, num_samples=2, generator=random(5))
     assert made["labels"] == expected.labels[1] and made["seed"] == expected.seeds[1]
     loaded = fresh(
-        WITHOUT_US + "import json\nfrom peft import AutoPeftModelForSequenceClassification\n"
+        "import json\nfrom peft import AutoPeftModelForSequenceClassification\n"
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
         f"names, texts = {made['labels']!r}, {TEXTS!r}\n"
         "model = AutoPeftModelForSequenceClassification.from_pretrained('acme/lora', id2label=dict(enumerate(names)))\n"
         f"inputs = AutoTokenizer.from_pretrained({MINILM!r})(texts, padding=True, return_tensors='pt')\n"
         f"base = AutoModelForSequenceClassification.from_pretrained({MINILM!r}, num_labels=len(names))\n"
         "base.load_adapter('acme/lora')\n"
-        "print(json.dumps([m.eval()(**inputs).logits.tolist() for m in (model, base)]))"
+        "print(json.dumps([m.eval()(**inputs).logits.tolist() for m in (model, base)]))",
+        elsewhere,
     )
     for logits in loaded:
         torch.testing.assert_close(torch.tensor(logits), logits_of(expected.to_model(1)), atol=1e-5, rtol=0)
@@ -94,15 +114,16 @@ def test_train_publish_load_generate_publish_load(pipe, hub, fresh, base_on_the_
     assert not hub.repo("models", "acme/lora").private
 
 
-def test_several_samples_lie_in_folders(pipe, hub, fresh, base_on_the_hub):
+def test_several_samples_lie_in_folders(pipe, hub, fresh, elsewhere, base_on_the_hub):
     output = pipe(PROMPT, num_samples=3, generator=random(0))
     output.push_to_hub("acme/loras", indices=[2, 0])
     found = fresh(
-        WITHOUT_US + "import json\nfrom peft import PeftModel\n"
+        "import json\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForSequenceClassification as Auto\n"
         f"bases = [Auto.from_pretrained({MINILM!r}, num_labels=2) for _ in range(2)]\n"
         "models = [PeftModel.from_pretrained(b, 'acme/loras', subfolder=f'000{i}') for i, b in enumerate(bases)]\n"
-        "print(json.dumps([m.state_dict()['base_model.model.classifier.modules_to_save.default.bias'].tolist() for m in models]))"
+        "print(json.dumps([m.state_dict()['base_model.model.classifier.modules_to_save.default.bias'].tolist() for m in models]))",
+        elsewhere,
     )
     cards = [Path(HfApi().hf_hub_download("acme/loras", n)).read_text() for n in ("README.md", "0001/README.md")]
     assert (
@@ -117,7 +138,7 @@ def test_several_samples_lie_in_folders(pipe, hub, fresh, base_on_the_hub):
         output.push_to_hub("acme/loras", indices=[3])
 
 
-def test_a_network_loads_with_and_without_this_library(hub, fresh, tmp_path):
+def test_a_network_loads_with_and_without_this_library(hub, fresh, elsewhere, tmp_path):
     model = TargetModel(TargetConfig(input_size=6, hidden_size=4, num_classes=3, activation="gelu")).eval()
     model.save_pretrained(tmp_path / "network")
     write_card(tmp_path / "network", "network", labels=["a", "b", "c"], prompt="which digit")
@@ -128,9 +149,9 @@ def test_a_network_loads_with_and_without_this_library(hub, fresh, tmp_path):
     tail = f"print(json.dumps(model.eval()(torch.tensor({inputs.tolist()})).logits.tolist()))"
     head = "import json, torch\nfrom transformers import AutoModel\n"
     ours = head + "import hf_weightgen.targets.architectures\nmodel = AutoModel.from_pretrained('acme/plain')\n" + tail
-    code = WITHOUT_US + head + "model = AutoModel.from_pretrained('acme/code', trust_remote_code=True)\n" + tail
-    for script in (ours, code):
-        torch.testing.assert_close(torch.tensor(fresh(script)), expected, atol=1e-6, rtol=0)
+    code = head + "model = AutoModel.from_pretrained('acme/code', trust_remote_code=True)\n" + tail
+    for script, python in ((ours, sys.executable), (code, elsewhere)):
+        torch.testing.assert_close(torch.tensor(fresh(script, python)), expected, atol=1e-6, rtol=0)
 
 
 def test_stubs_let_the_stock_loader_load(pipe, hub, fresh, encoder, tmp_path):

@@ -257,6 +257,51 @@ def test_local_files_only_asks_nobody(on_the_hub, hub, tmp_path):
     assert not hub.requests and again.folder.is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, None, "the Hub does not accept the token, or there is none.*hf auth login"),
+        (403, None, "this token may not do that"),
+        (404, "RepoNotFound", "there is no such repository"),
+        (404, "RevisionNotFound", "has no revision"),
+        (429, None, "too many requests. Wait 9 seconds"),
+        (403, "GatedRepo", "it is gated. Ask for access"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(on_the_hub, hub, status, code, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    headers = {"Retry-After": "9"} | ({"X-Error-Code": code} if code else {})
+    hub.fail("GET", "/api/models/acme/generator", status, headers=headers, times=100)
+    with pytest.raises(HubError, match=f"Loading 'acme/generator' failed: .*{message}"):
+        WeightGenPipeline.from_pretrained(on_the_hub(), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}}, {"status": 500}, {"cut": 900}]
+)
+def test_a_file_that_does_not_come_is_explained(on_the_hub, hub, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for method in ("GET", "HEAD"):
+        hub.fail(method, "/resolve/.*/vae/model.safetensors", times=1000, **fault)
+    with pytest.raises(HubError, match="(lacks a file|answered 500|connection broke|not reached)"):
+        WeightGenPipeline.from_pretrained(on_the_hub(), cache_dir=tmp_path)
+    hub.faults.clear()
+    assert WeightGenPipeline.from_pretrained("acme/generator", cache_dir=tmp_path).source == "acme/generator"
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429, "headers": {"Retry-After": "1"}}, {"cut": 900}])
+def test_a_fault_that_passes_is_survived(on_the_hub, hub, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("GET", "/resolve/.*/vae/model.safetensors", **fault)
+    assert WeightGenPipeline.from_pretrained(on_the_hub(), cache_dir=tmp_path).source == "acme/generator"
+
+
+def test_a_repository_without_weights_is_named(saved, on_the_hub):
+    (saved / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UntrustedFileError, match="unet' holds no safetensors file"):
+        WeightGenPipeline.from_pretrained(on_the_hub())
+
+
 def test_private_generators_need_their_token(saved, on_the_hub, hub, monkeypatch):
     hub.repo("models", on_the_hub()).private = True
     monkeypatch.delenv("HF_TOKEN")

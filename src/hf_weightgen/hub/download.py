@@ -1,11 +1,13 @@
 """A repository of the Hub becomes a folder in the cache, once the names of its files have been looked at."""
 
+import time
+from itertools import count
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from .errors import explained, status_of
+from .errors import explained, status_of, wait_before
 from .untrusted import check_names
 
 
@@ -37,15 +39,22 @@ def download(
     with explained("loading", repo_id, revision, resumes=True):
         if not local_files_only:
             _look_at(repo_id, marker, revision, token)
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-    return Path(folder)
+        for attempt in count():
+            try:
+                folder = snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                    force_download=force_download,
+                )
+                return Path(folder)
+            except HTTPError as error:  # of a file; the client itself repeats other requests
+                wait = wait_before(attempt, error)
+                if wait is None:
+                    raise
+                time.sleep(wait)
 
 
 def _look_at(repo_id: str, marker: str, revision: str | None, token: str | bool | None) -> None:

@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR = re.compile(r"os error (\d+)")  # how safetensors and other Rust libraries tell the number
 _TOKEN = re.compile(r"\b(hf|api)_\w{3,}")
+ATTEMPTS = 4
+LONGEST_WAIT = 60  # seconds; a Hub that wants more is reported
 LOGIN = "`hf auth login`, or the environment variable HF_TOKEN"
 
 
@@ -56,6 +58,14 @@ def explained(doing: str, repo_id: str, revision: str | None = None, resumes: bo
 def redacted(text: object) -> str:
     """The text without anything that looks like a token."""
     return _TOKEN.sub(r"\1_***", str(text))
+
+
+def wait_before(attempt: int, error: Exception) -> float | None:
+    """Seconds after which what failed in this attempt, counted from 0, is worth another one; `None` if it is not."""
+    status = status_of(error)
+    passes = isinstance(error, HTTPError) and (status is None or status == 429 or status >= 500)
+    wait = retry_after(error) or 2**attempt
+    return wait if passes and attempt < ATTEMPTS - 1 and wait <= LONGEST_WAIT else None
 
 
 def retry_after(error: Exception) -> float | None:

@@ -8,13 +8,14 @@ interrupted publication finds there what it has sent already.
 import hashlib
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
-from .errors import HubError, explained, retry_after, status_of
+from .errors import HubError, explained, status_of, wait_before
 from .untrusted import check_folder
 
 
@@ -27,8 +28,6 @@ MARKERS = {
 }
 OWN_FILES = ("*.safetensors", "*.parquet", "*.json", "*.py")  # replaced by a publication; other files are left alone
 FILES_PER_COMMIT = 50
-ATTEMPTS = 4
-LONGEST_WAIT = 60  # seconds; a Hub that wants more is reported
 
 
 def kind_of(folder: str | Path) -> str:
@@ -146,18 +145,16 @@ def _stage(api: HfApi, repo: dict, additions: Sequence[CommitOperationAdd], head
 
 def _commit(api: HfApi, repo: dict, branch: str, operations: list, message: str, parent: str | None) -> CommitInfo:
     """`create_commit`, which itself does not retry its last request."""
-    for attempt in range(ATTEMPTS):
+    for attempt in count():
         try:
             return api.create_commit(
                 **repo, operations=operations, commit_message=message, revision=branch, parent_commit=parent
             )
         except HTTPError as error:
-            status = status_of(error)
-            if status == 412 and attempt and (arrived := _arrived(api, repo, branch, operations, message)):
+            if attempt and status_of(error) == 412 and (arrived := _arrived(api, repo, branch, operations, message)):
                 return arrived  # an earlier attempt was committed, and only its answer was lost
-            wait = retry_after(error) or 2**attempt
-            passes = status is None or status == 429 or status >= 500
-            if not passes or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
+            wait = wait_before(attempt, error)
+            if wait is None:
                 raise
             time.sleep(wait)
 
