@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, and that an error is one line."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from hf_weightgen.cli import main
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.base_models import MINILM, load_tokenizer
-from tiny import random
+from tiny import network_pipeline, random
 
 
 PROMPT = "sentiment on SST-2"
@@ -110,6 +111,25 @@ def test_one_sample_is_written_to_the_folder_itself(generator, pipe, run, tmp_pa
     assert f"generator: {generator}" in (out_folder / "README.md").read_text()
 
 
+def test_the_card_tells_the_command_that_makes_the_weights_again(generator, run, tmp_path):
+    arguments = [
+        "generate",
+        "it's sentiment on SST-2",
+        "--labels",
+        "bad,good",
+        "--generator",
+        generator,
+        "--seed",
+        "3",
+    ]
+    run(*arguments, "--out", tmp_path / "first")
+    card = (tmp_path / "first" / "README.md").read_text()
+    command = card.split("```bash\n")[1].split("\n")[0]
+    run(*shlex.split(command)[1:], "--out", tmp_path / "second")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
 def test_several_samples_are_written_to_numbered_folders(generator, run, tmp_path):
     arguments = ["generate", PROMPT, "--generator", generator, "--out", tmp_path / "many", "--num-samples", 2]
     code, out, _ = run(*arguments, "--format", "json")
@@ -160,10 +180,9 @@ def test_a_broken_generator_is_named(generator, run, tmp_path):
     assert code == 1 and "model.safetensors' is truncated or no safetensors file" in err and "Traceback" not in err
 
 
-def test_texts_need_a_generator_of_text_classifiers(generator, run, tmp_path):
-    file = tmp_path / "generator" / "model_index.json"
-    network = {"kind": "network", "config": {"input_size": 64}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"target": network}))
+def test_texts_need_a_generator_of_text_classifiers(encoder, run, tmp_path):
+    generator = tmp_path / "generator"
+    network_pipeline(encoder).save_pretrained(generator)
     code, _, err = run("generate", PROMPT, "--generator", generator, "--try", "a film", "--out", tmp_path / "out")
     assert code == 1 and "--try needs a generator of text classifiers" in err and not (tmp_path / "out").exists()
     code, _, err = run("evaluate", "sst2", "--generator", generator)

@@ -1,6 +1,7 @@
 """`hf-weightgen`: parse, call, print. Heavy imports wait until a command needs them."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,10 @@ def generate(
     from .pipelines.pipeline_utils import WeightGenPipeline
 
     _quiet()
+    told = ["generate", prompt, *(["--labels", labels] if labels is not None else ())]
+    given = {"num-samples": num_samples, "seed": seed, "generator": generator}
+    given |= {"num-inference-steps": num_inference_steps, "guidance-scale": guidance_scale}
+    told += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
     if texts and pipe.config.target["kind"] != "adapter":
@@ -66,6 +71,7 @@ def generate(
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(seed),
     )
+    output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))}"
     folders = output.save_pretrained(out) if out is not None else []
     results = []
     for i in range(num_samples):

@@ -81,9 +81,10 @@ def test_the_output_names_its_generator(saved, tmp_path):
 
 
 @pytest.mark.parametrize("loader", [WeightGenPipeline, D2NWGPipeline])
-def test_it_loads_from_the_hub(loader, pipe, on_the_hub):
+def test_it_loads_from_the_hub(loader, pipe, on_the_hub, hub):
     again = loader.from_pretrained(on_the_hub())
     assert again.source == sample(again).generator_id == "acme/generator"
+    assert again.revision == sample(again).generator_revision == hub.repo("models", "acme/generator").branches["main"]
     found, expected = (sample(generator).weights[1][BIAS] for generator in (again, pipe))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 

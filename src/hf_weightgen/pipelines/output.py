@@ -39,6 +39,8 @@ class WeightGenOutput(BaseOutput):
             `{"kind": "network", "config": {...}}`.
         latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
         generator_id (`str`): Where the generator was loaded from.
+        generator_revision (`str`, *optional*): Its commit on the Hub.
+        command (`str`, *optional*): What makes these weights again, for the card.
     """
 
     weights: list
@@ -49,6 +51,8 @@ class WeightGenOutput(BaseOutput):
     target: dict
     latents: Tensor
     generator_id: str
+    generator_revision: str | None = None
+    command: str | None = None
 
     def __repr__(self) -> str:
         prompts = list(dict.fromkeys(self.prompts))
@@ -140,7 +144,8 @@ class WeightGenOutput(BaseOutput):
             prompt=self.prompts[index],
             seed=self.seeds[index],
             task=self.tasks[index],
-            generator=self.generator_id,
+            generator=f"{self.generator_id}{f', revision {self.generator_revision}' if self.generator_revision else ''}",
+            command=self.command,
         )
 
     def push_to_hub(

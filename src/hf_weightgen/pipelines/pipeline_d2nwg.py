@@ -213,6 +213,7 @@ class D2NWGPipeline(WeightGenPipeline):
             target=dict(self.config.target),
             latents=latents,
             generator_id=self.source,
+            generator_revision=self.revision,
         )
         return output if return_dict else output.to_tuple()
 

@@ -214,6 +214,11 @@ class WeightGenPipeline(DiffusionPipeline):
         """The folder that this generator was loaded from: a given one, or the download of a repository."""
         return getattr(self, "_folder", None)
 
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub that this generator was loaded from."""
+        return self.folder.name if self.folder is not None and self.folder.parent.name == "snapshots" else None
+
     def check_prompts(self, prompt: str | Sequence[str]) -> list[str]:
         """
         Raises:
