@@ -14,17 +14,18 @@ import torch
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.hub.cards import readdress, write_card
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel
+from hf_weightgen.targets.tasks import TASKS
 from hf_weightgen.zoo.folder import describe
 
 
 NAMESPACE = "hf-weightgen"
 ZOO_NOTES = [
-    "Adapters have r = 4 on query and value of the last two of six layers. 26 text classification tasks have six seeds each; "
-    "the last seed is held out. The two later of three late checkpoints are kept, in float16; the row `base` is the adapter "
-    "from which all of them start. All were trained under bfloat16 autocast.",
-    "Adapters see at most 64 tokens of a text and 4,000 sentences in training (SST-2: 10,000). Many test sentences of "
-    "rotten_tomatoes contain a phrase of SST-2's training split, which exact de-duplication cannot see: the shared start has "
-    "read such phrases.",
+    "Adapters have r = 4 on query and value of the last two of six layers. 26 text classification tasks have six seeds\n"
+    "each; the last seed is held out. The two later of three late checkpoints are kept, in float16; the row `base` is the\n"
+    "adapter from which all of them start. All were trained under bfloat16 autocast.",
+    "Adapters see at most 64 tokens of a text and 4,000 sentences in training (SST-2: 10,000). Many test sentences of\n"
+    "rotten_tomatoes contain a phrase of SST-2's training split, which exact de-duplication cannot see: the shared start\n"
+    "has read such phrases.",
 ]
 ZOO_COMMAND = "python examples/build_zoo.py runs/text-zoo --bf16 --merge model_cards/text-zoo --leave_out 0"
 
@@ -50,6 +51,7 @@ def render(out: Path, zoo: Path) -> None:
         task=output.tasks[0],
         generator=f"{NAMESPACE}/text-generator",
         command='hf-weightgen generate "sentiment on SST-2" --seed 0 --out DIR',
+        datasets=[TASKS[output.tasks[0]].dataset_id],
     )
     readdress(folders["text-adapter"], f"{NAMESPACE}/text-adapter")
 

@@ -47,6 +47,6 @@ def test_a_card_has_what_the_hub_reads(name):
         assert "all-MiniLM-L6-v2" in card.data.to_yaml()
     if name == "text-generator":
         results = {result.dataset_name: result for result in card.data.eval_results}
-        assert len(results) >= 20 and card.data.library_name == "hf_weightgen" and card.data.datasets
+        assert len(results) == 26 and card.data.library_name == "hf_weightgen" and card.data.datasets
     if name == "text-adapter":
         assert card.data.library_name == "peft" and card.data["base_model_relation"] == "adapter"

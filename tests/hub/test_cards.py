@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_weightgen.hub.cards import add_figures, write_card
+from hf_weightgen.hub.cards import add_figures, add_results, has_card, readdress, write_card
 
 
 @pytest.fixture
@@ -45,3 +45,38 @@ def test_a_foreign_readme_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="has no section 'Limits'"):
         add_figures(tmp_path, "Figures", "command", "table")
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+ROWS = [
+    {"task": task, "method": method, "metric": "accuracy", "mean": mean, "n": 5}
+    for task, mean in (("films", 83.123), ("news", 50.0))
+    for method, mean in (("generated", mean), ("zoo", mean - 1), ("noise_0.05", 1.0))
+]
+
+
+def test_results_become_a_model_index_and_replace_earlier_ones(card):
+    for rows in (ROWS[:2], ROWS):
+        add_results(card, rows, {"films": "acme/both", "news": "acme/both"})
+    data = ModelCard.load(card / "README.md").data
+    told = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
+    assert told == {
+        ("films", "accuracy, generated, mean of 5"): 83.12, ("films", "accuracy, zoo, mean of 5"): 82.12,
+        ("news", "accuracy, generated, mean of 5"): 50.0, ("news", "accuracy, zoo, mean of 5"): 49.0,
+    }  # fmt: skip
+    assert data.base_model == "acme/base" and {r.dataset_type for r in data.eval_results} == {"acme/both"}
+    assert sections(card) == ["Details", "Command", "Limits"]
+
+
+@pytest.mark.parametrize(
+    "text", ['it\'s "quoted"', "a: b # c", "{{ jinja }} {% if %}", "---\n- x", "ü 🎬", "`code` | pipe"]
+)
+def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
+    names = [text, "other"]
+    write_card(tmp_path, "adapter", base_model="acme/base", prompt=text, labels=names)
+    readdress(tmp_path, "acme/lora")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "acme/base" and card.data.library_name == "peft" and has_card(tmp_path)
+    snippet = card.text.split("```python\n")[1].split("```")[0]
+    line = next(line for line in snippet.splitlines() if line.startswith("names = "))
+    assert eval(line.removeprefix("names = ")) == names
+    assert 'PeftModel.from_pretrained(base, "acme/lora")' in snippet

@@ -111,6 +111,7 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
             task_type="text-classification",
             dataset_type=(datasets or {}).get(row["task"], row["task"]),
             dataset_name=row["task"],
+            dataset_config=row["task"],  # two tasks of one dataset would otherwise become one
             dataset_split="test",
             metric_type=row["metric"],
             metric_name=f"{row['metric']}, {row['method'].replace('_', ' ')}, mean of {row['n']}",

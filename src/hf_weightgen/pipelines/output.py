@@ -20,6 +20,7 @@ from ..hub.publish import kind_of, publish
 from ..targets import architectures
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import load_classifier
+from ..targets.tasks import TASKS
 
 
 @dataclass
@@ -146,6 +147,7 @@ class WeightGenOutput(BaseOutput):
             task=self.tasks[index],
             generator=f"{self.generator_id}{f', revision {self.generator_revision}' if self.generator_revision else ''}",
             command=self.command,
+            datasets=[TASKS[self.tasks[index]].dataset_id] if self.tasks[index] in TASKS else (),
         )
 
     def push_to_hub(

@@ -206,7 +206,7 @@ def describe(folder: str | Path) -> tuple[str | None, dict[str, str]]:
     count = ", ".join(f"{split}: {splits.count(split):,}" for split in sorted(set(splits)))
     return bases.pop() if len(bases) == 1 else None, {
         "rows": f"{len(table):,} ({count})",
-        "tasks": ", ".join(sorted(set(tasks))),
+        "tasks": ", ".join(sorted({task for task, split in zip(tasks, splits, strict=True) if split != "base"})),
         "seeds": ", ".join(map(str, sorted({seed for seed in seeds if seed is not None}))),
     }
 
