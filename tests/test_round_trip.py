@@ -154,6 +154,37 @@ def test_a_network_loads_with_and_without_this_library(hub, fresh, elsewhere, tm
         torch.testing.assert_close(torch.tensor(fresh(script, python)), expected, atol=1e-6, rtol=0)
 
 
+def test_several_networks_load_without_this_library(hub, fresh, elsewhere, encoder, tmp_path):
+    output = network_pipeline(encoder)("which digit is it", num_samples=2, generator=random(0))
+    output.push_to_hub("acme/networks", remote_code=True)
+    found = fresh(
+        "import json, torch\nfrom transformers import AutoModel\n"
+        "model = AutoModel.from_pretrained('acme/networks', subfolder='0001', trust_remote_code=True)\n"
+        "print(json.dumps(model.head.bias.tolist()))",
+        elsewhere,
+    )
+    torch.testing.assert_close(torch.tensor(found), output.weights[1]["head.bias"])
+    card = Path(HfApi().hf_hub_download("acme/networks", "0001/README.md")).read_text()
+    assert 'AutoModel.from_pretrained("acme/networks", subfolder="0001", trust_remote_code=True)' in card
+
+
+def test_zoos_in_folders_with_odd_names(hub, tmp_path):
+    ZooFolder(tmp_path / "zoo [x]*").add("all", rows_of("sst2-s0-c0"))
+    assert load_zoo(tmp_path / "zoo [x]*")["id"] == ["sst2-s0-c0"]
+    for wrong in ({"columns": []}, {"columns": ["id", "id"]}, {"filters": [("nope", "==", 1)]}, {"filters": "x"}):
+        with pytest.raises(ValueError):
+            load_zoo(tmp_path / "zoo [x]*", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error"), [([], ValueError), ([True], TypeError), (["0"], TypeError), ([1], IndexError)]
+)
+def test_samples_are_chosen_by_whole_numbers(pipe, hub, indices, error):
+    with pytest.raises(error):
+        pipe(PROMPT, generator=random(0)).push_to_hub("acme/x", indices=indices)
+    assert not hub.repos
+
+
 def test_stubs_let_the_stock_loader_load(pipe, hub, fresh, encoder, tmp_path):
     pipe.push_to_hub("acme/stubs", remote_code=True)
     embeds = encoder.embed([PROMPT])

@@ -183,6 +183,8 @@ def publish(
     """Publish to the Hub, with its card and in one commit; the token is that of `hf auth login` or HF_TOKEN."""
     from .hub.publish import kind_of
 
+    if folder == Path("."):
+        raise ValueError("FOLDER is empty or the folder that you stand in; name the folder to publish.")
     kind = kind_of(folder)
     if kind == "zoo" and remote_code:
         raise ValueError("--remote-code: a zoo has no code.")
@@ -190,7 +192,10 @@ def publish(
         raise ValueError(f"--half is for zoos; {str(folder)!r} is a {kind}, published as it was saved.")
     if results is not None and kind in ("zoo", "generator"):
         raise ValueError(f"--results is for adapters and networks; {str(folder)!r} is a {kind}.")
-    rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results is not None else ()
+    told = json.loads(results.read_text(encoding="utf-8")) if results is not None else {"rows": ()}
+    rows = told.get("rows") if isinstance(told, dict) else None
+    if not isinstance(rows, (list, tuple)):
+        raise ValueError(f"--results {str(results)!r} is no file that `hf-weightgen evaluate --out` wrote.")
     settings = {"private": private, "revision": revision, "commit_message": message}
     if kind == "zoo":
         from .zoo.folder import push_zoo

@@ -1,9 +1,12 @@
 """Cards: what they say, and that figures can be put into them again and again."""
 
+import ast
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_weightgen.hub.cards import add_figures, add_results, has_card, readdress, write_card
+from hf_weightgen.hub.cards import add_figures, add_results, needs_card, readdress, write_card
 
 
 @pytest.fixture
@@ -67,16 +70,54 @@ def test_results_become_a_model_index_and_replace_earlier_ones(card):
     assert sections(card) == ["Details", "Command", "Limits"]
 
 
-@pytest.mark.parametrize(
-    "text", ['it\'s "quoted"', "a: b # c", "{{ jinja }} {% if %}", "---\n- x", "ü 🎬", "`code` | pipe"]
-)
+ODD = [
+    "it's \"quoted\"", "a: b # c", "{{ jinja }} {% if %}", "---\n- x", "ü 🎬", "`code` | pipe", "a\n\n## Limits\nnone", "```\nx",
+    'x"); print("PWNED") #', 'model = PeftModel.from_pretrained(base, "x")', "<script>", "\r\0", "long " * 800,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
 def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
     names = [text, "other"]
-    write_card(tmp_path, "adapter", base_model="acme/base", prompt=text, labels=names)
-    readdress(tmp_path, "acme/lora")
+    write_card(tmp_path, "adapter", base_model="acme/base", prompt=text, labels=names, task=text, generator="acme/gen")
+    readdress(tmp_path, "acme/lora", revision="v1")
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "acme/base" and card.data.library_name == "peft" and has_card(tmp_path)
-    snippet = card.text.split("```python\n")[1].split("```")[0]
-    line = next(line for line in snippet.splitlines() if line.startswith("names = "))
-    assert eval(line.removeprefix("names = ")) == names
-    assert 'PeftModel.from_pretrained(base, "acme/lora")' in snippet
+    assert card.data.base_model == "acme/base" and card.data.library_name == "peft" and not needs_card(tmp_path)
+    assert sections(tmp_path) == ["Details", "Limits"] and len(re.findall("^```", card.text, re.MULTILINE)) == 2
+    tree = ast.parse(card.text.split("```python\n")[1].split("```")[0])
+    found = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    assert ast.literal_eval(found["names"]) == names and len(tree.body) == 5
+    assert ast.unparse(found["model"]) == "PeftModel.from_pretrained(base, 'acme/lora', revision='v1')"
+    assert all(len(line) < 2_500 for line in card.text.splitlines() if not line.startswith(("names", "Classes")))
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_prompt_makes_a_snippet_of_a_generator(tmp_path, text):
+    write_card(tmp_path, "generator", prompt=text, generator=text)
+    readdress(tmp_path, "acme/gen")
+    code = ModelCard.load(tmp_path / "README.md").text.split("```python\n")[1].split("```\n")[0]
+    tree = ast.parse(code)
+    assert [type(node) for node in tree.body] == [ast.ImportFrom, ast.Assign, ast.Assign, ast.Assign]
+    assert ast.literal_eval(tree.body[2].value.args[0]) == text
+
+
+@pytest.mark.parametrize(
+    "rows", [[5], [{}], [{"task": "a", "method": "zoo"}], [{**ROWS[0], "mean": float("nan")}], [], ROWS[2:3]]
+)
+def test_results_that_are_none_are_refused(card, rows):
+    before = (card / "README.md").read_text()
+    with pytest.raises(ValueError, match="[Rr]esult"):
+        add_results(card, rows)
+    assert (card / "README.md").read_text() == before
+
+
+def test_a_card_by_hand_is_kept_and_a_default_one_is_not(tmp_path):
+    assert needs_card(tmp_path)
+    for text, needed in (
+        ("", True),
+        ("# Mine", False),
+        ("---\ntags: 5\n: x", False),
+        ("# Model Card for Model ID", True),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert needs_card(tmp_path) is needed, text

@@ -91,7 +91,10 @@ def test_private_repositories_and_branches(hub, folder):
 def test_a_repository_of_another_kind_is_left_alone(hub, folder):
     hub.put("models", "acme/lora", {"model.safetensors": b"0" * 10, "config.json": "{}", "README.md": "mine"})
     before = files_of(hub)
-    with pytest.raises(ValueError, match="'acme/lora' holds 'config.json', and is no adapter; it is left as it is"):
+    with pytest.raises(
+        ValueError,
+        match="'acme/lora' holds '.*', and is not the adapter of an earlier publication; it is left as it is",
+    ):
         publish(folder, "acme/lora")
     assert files_of(hub) == before
 
@@ -110,6 +113,93 @@ def test_what_cannot_be_published_is_named_before_anything_is_sent(hub, folder, 
     with pytest.raises(ValueError, match="has no card"):
         publish(folder, "acme/lora")
     assert not hub.requests
+
+
+OTHERS = {
+    "a model": {"config.json": "{}", "model.safetensors": b"0" * 10, "tokenizer.json": "{}", "train.py": "x"},
+    "a generator of ours": {
+        "model_index.json": "{}",
+        "vae/config.json": "{}",
+        "README.md": "---\ntags: [hf_weightgen]\n---\n",
+    },
+    "an adapter of somebody": {"adapter_config.json": "{}", "adapter_model.safetensors": b"0", "my_eval.py": "x"},
+    "a model that holds an adapter": {"config.json": "{}", "sub/deep/adapter_config.json": "{}"},
+    "nothing but a file": {"notes.bin": b"0"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_only_an_earlier_publication_of_ours_is_replaced(hub, folder, other):
+    hub.put("models", "acme/lora", OTHERS[other])
+    before = files_of(hub)
+    with pytest.raises(ValueError, match="is not the adapter of an earlier publication; it is left as it is"):
+        publish(folder, "acme/lora")
+    assert files_of(hub) == before
+
+
+def test_the_datasets_of_others_are_left_alone(hub, tmp_path):
+    hub.put("datasets", "acme/text", {"data/train-00000.parquet": b"PAR1", "data/test.parquet": b"PAR1"})
+    ZooFolder(tmp_path / "zoo").add("all", rows_of("sst2-s0-c0"))
+    with pytest.raises(ValueError, match="is not the zoo of an earlier publication"):
+        push_zoo(tmp_path / "zoo", "acme/text")
+    assert len(files_of(hub, "acme/text", "datasets")) == 2
+
+
+def test_a_pickle_that_would_stay_is_named(hub, folder):
+    publish(folder, "acme/lora")
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="pytorch_model.bin", repo_id="acme/lora")
+    with pytest.raises(ValueError, match="'acme/lora' holds 'pytorch_model.bin', a pickle"):
+        publish(folder, "acme/lora")
+
+
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_nothing_outside_of_the_folder_is_published(hub, folder, tmp_path, linked):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "id_rsa").write_text("secret")
+    (folder / "labels.json").unlink()
+    (folder / "labels.json").symlink_to(tmp_path / "secret" / ("id_rsa" if linked == "file" else ""))
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        publish_weights(folder, "acme/lora")
+    assert not hub.requests
+
+
+def test_files_that_lie_there_by_accident_are_not_published(hub, folder):
+    (folder / ".env").write_text("secret")
+    (folder / "sub").mkdir()
+    (folder / "sub" / ".env").write_text("secret")
+    publish_weights(folder, "acme/lora")
+    assert not [name for name in files_of(hub) if ".env" in name]
+    (folder / "sub" / "passwords.txt").write_text("secret")
+    with pytest.raises(ValueError, match="holds 'sub/passwords.txt', which is no part of a published adapter"):
+        publish_weights(folder, "acme/lora")
+
+
+@pytest.mark.parametrize("labels", ['{"a": 1}', '"ab"', "[1, 2]", "["])
+def test_an_adapter_is_whole(hub, folder, labels):
+    (folder / "labels.json").write_text(labels)
+    with pytest.raises(ValueError, match="labels.json"):
+        publish_weights(folder, "acme/lora")
+    (folder / "labels.json").unlink()
+    (folder / "README.md").unlink()
+    publish_weights(folder, "acme/lora")
+    assert (
+        "names" not in files_of(hub)["README.md"].decode()
+        and "were not trained" not in files_of(hub)["README.md"].decode()
+    )
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has a adapter_config.json and no adapter_model.safetensors"):
+        publish_weights(folder, "acme/lora")
+
+
+def test_a_card_by_hand_is_published_as_it_is(hub, folder):
+    (folder / "README.md").write_text("# Mine\n")
+    publish_weights(folder, "acme/lora", revision="dev")
+    assert files_of(hub, branch="dev")["README.md"] == b"# Mine\n"
+
+
+def test_a_card_on_a_branch_loads_from_the_branch(hub, folder):
+    publish_weights(folder, "acme/lora", revision="dev")
+    assert b'"acme/lora", revision="dev")' in files_of(hub, branch="dev")["README.md"]
 
 
 @pytest.mark.parametrize("base", ["/home/me/model", "./model", "../model", None, "C:\\model"])

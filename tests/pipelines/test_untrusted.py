@@ -1,6 +1,7 @@
 """Generators of strangers: no file makes the loader build something huge, run code, or fail with a foreign error."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -77,13 +78,79 @@ def test_json_10000_deep_is_refused(saved, name):
 
 def test_nothing_of_a_repository_is_executed(saved):
     """Files that stock loaders would run, in a process of its own that would not survive it."""
-    for name in ("pipeline.py", "vae/modeling.py", "unet/modeling.py", "hf_weightgen/__init__.py", "vae/__init__.py"):
+    for name in ("pipeline.py", "vae/modeling.py", "unet/modeling.py", "hf_weightgen/__init__.py"):
         (saved / name).parent.mkdir(exist_ok=True)
         (saved / name).write_text("import os; os._exit(77)")
-    edit(saved, "vae/config.json", "auto_map", value={"AutoModel": "modeling.WeightVAE"})
     code = f"from hf_weightgen import WeightGenPipeline as W; W.from_pretrained({str(saved)!r}); print('loaded')"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "loaded" in done.stdout, done.stderr[-2000:]
+
+
+REDIRECTED = {
+    "scheduler/scheduler_config.json": '"stranger/scheduler"',
+    "unet/config.json": '"stranger/unet"',
+    "vae/config.json": "[]",
+    "weight_tokenizer/preprocessor_config.json": "null",
+}
+
+
+@pytest.mark.parametrize("name", REDIRECTED)
+def test_a_config_that_names_another_repository_is_refused(saved, hub, name):
+    (saved / name).write_text(REDIRECTED[name])
+    with pytest.raises(UntrustedFileError, match="is no JSON object"):
+        WeightGenPipeline.from_pretrained(saved)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "name", ["vae/zzz.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json", "unet/w.dat"]
+)
+def test_weights_lie_in_one_file_alone(saved, name):
+    """An index could send the loaders to files that nobody has looked at, a second file hide what the first lacks."""
+    (saved / name).write_bytes(
+        (saved / WEIGHTS[0]).read_bytes() if name.endswith("safetensors") else b'{"weight_map": {}}'
+    )
+    with pytest.raises(UntrustedFileError, match="is no part of a"):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("vae/config.json", ["num_labels"], 10**10),
+        ("vae/config.json", ["auto_map"], {"AutoModel": "modeling.WeightVAE"}),
+        ("vae/config.json", ["attn_implementation"], "stranger/kernel"),
+        ("vae/config.json", ["noise_scale"], float("nan")),
+        ("model_index.json", ["target"], {"kind": "network", "config": {"input_size": 6, "num_labels": 10**10}}),
+        ("model_index.json", ["target", "lora", "rank_pattern"], {"(a+)+!": 8}),
+        ("model_index.json", ["target", "base_model"], 'x"); print("PWNED") #'),
+        ("model_index.json", ["tasks", 0, "name"], "a\n## b"),
+        ("model_index.json", ["tasks", 0, "labels"], ["same", "same"]),
+        ("model_index.json", ["tasks", 0, "labels"], [str(i) for i in range(200_000)]),
+        ("model_index.json", ["text_encoder"], ["transformers", "GPTNeoModel"]),
+        ("model_index.json", ["/etc"], ["diffusers", "DDPMScheduler"]),
+        ("model_index.json", ["../../x"], ["diffusers", "DDPMScheduler"]),
+        ("model_index.json", ["encoder"], {"id": "/etc/passwd", "revision": 5}),
+    ],
+)
+def test_settings_that_no_generator_has_are_refused(saved, name, path, value):
+    edit(saved, name, *path, value=value)
+    with pytest.raises(ValueError):
+        WeightGenPipeline.from_pretrained(saved)
+
+
+def test_weights_that_are_no_numbers_are_refused(pipe, tmp_path):
+    with torch.no_grad():
+        next(pipe.vae.parameters()).fill_(float("nan"))
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vae: .* holds NaN"):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+def test_pipes_and_folders_in_the_place_of_files_are_refused(saved):
+    os.mkfifo(saved / "unet" / "x.safetensors")
+    with pytest.raises(UntrustedFileError, match="is no regular file"):
+        WeightGenPipeline.from_pretrained(saved)
 
 
 ODD = st.one_of(

@@ -1,11 +1,13 @@
 """Cards: rendered from one template, `card_template.md`, with the metadata that the Hub reads."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -16,9 +18,12 @@ ZOO_FILES = {"config_name": "default", "data_files": [{"split": "train", "path":
 # rows of the honest table that stand in a card's metadata; all of them stand beside it
 RESULTS = ("generated", "zoo", "lookup", "zoo_average", "gaussian", "cosine_label_names", "majority")
 PLACE = re.compile(  # where the snippet of a card loads from
-    r"((?:(?:WeightGenPipeline|TargetModel)\.from_pretrained|load_zoo)\(|PeftModel\.from_pretrained\(base, )"
-    r'"[^"\n]*"(?:, subfolder="[^"\n]*")?'
+    r"^((?:pipe = WeightGenPipeline\.from_pretrained|model = TargetModel\.from_pretrained|zoo = load_zoo)\("
+    r"|model = PeftModel\.from_pretrained\(base, )"
+    r'"(?:[^"\\\n]|\\.)*"(?:, (?:subfolder|revision)="(?:[^"\\\n]|\\.)*")*',
+    re.MULTILINE,
 )
+DEFAULTS = ("# Model Card for Model ID", "[More Information Needed]", "# Dataset Card for Dataset Name")
 
 
 def write_card(
@@ -63,9 +68,12 @@ def write_card(
         installed = version("hf-weightgen")
     except PackageNotFoundError:  # run from a source tree
         installed = "source"
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    environment = Environment(
+        keep_trailing_newline=True, undefined=StrictUndefined
+    )  # Markdown: nothing is HTML-escaped
+    environment.filters |= {"quoted": quoted, "line": line}
+    card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=data.to_yaml(),
         kind=kind,
         base=base_model,
         labels=list(labels),
@@ -79,21 +87,37 @@ def write_card(
         version=installed,
     )
     path = Path(folder) / "README.md"
-    path.write_text(str(card), encoding="utf-8")
+    path.write_text(card, encoding="utf-8")
     return path
 
 
-def has_card(folder: str | Path) -> bool:
-    """Whether the folder's `README.md` is a card of this library, and not the default of another one."""
+def quoted(text: str) -> str:
+    """A text as a string of Python, whatever is in it."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def line(text: str, longest: int = 200, escaped: bool = True) -> str:
+    """A text on one line of Markdown, in which it is nothing but text."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    plain = plain if len(plain) <= longest else f"{plain[:longest]}…"
+    return re.sub(r"([\\`*\[\]<>|#{}~]|(?<!\w)_|_(?!\w))", r"\\\1", plain) if escaped else plain
+
+
+def needs_card(folder: str | Path) -> bool:
+    """Whether a folder has no card, or the default one that PEFT, transformers and diffusers write."""
     path = Path(folder) / "README.md"
-    return path.is_file() and "hf_weightgen" in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or ())
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return not text.strip() or any(default in text for default in DEFAULTS)
 
 
-def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None) -> None:
+def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None, revision: str | None = None) -> None:
     """Makes the snippet of a card load from where it is published."""
-    path, place = Path(folder) / "README.md", f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    path, place = Path(folder) / "README.md", quoted(repo_id)
+    place += "".join(
+        f", {name}={quoted(value)}" for name, value in (("subfolder", subfolder), ("revision", revision)) if value
+    )
     text = path.read_text(encoding="utf-8")
-    path.write_text(PLACE.sub(lambda found: found[1] + place, text), encoding="utf-8")
+    path.write_text(PLACE.sub(lambda found: found[1] + place, text, count=1), encoding="utf-8")
 
 
 def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[str, str] | None = None) -> None:
@@ -104,7 +128,17 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
         rows: Rows of the table: `task`, `method`, `metric`, `mean` in points, `n`.
         datasets: Hub id of each task's dataset; a task without one is named by itself.
     """
+    wanted = {"task": str, "method": str, "metric": str, "mean": (int, float), "n": int}
+    for row in rows:
+        if not isinstance(row, Mapping) or not {"task", "method"} <= row.keys():
+            raise ValueError(f"Results must be rows of the honest table, got {str(row)[:120]}.")
     path, rows = Path(folder) / "README.md", [row for row in rows if row["method"] in RESULTS]
+    for row in rows:
+        wrong = [k for k, kind in wanted.items() if not isinstance(row.get(k), kind) or row[k] != row[k]]
+        if wrong:
+            raise ValueError(f"Result {row['method']!r} of {row['task']!r}: {wrong[0]!r} is {row.get(wrong[0])!r}.")
+    if not rows:
+        raise ValueError(f"The results hold none of the rows {list(RESULTS)}.")
     card = ModelCard.load(path)
     card.data.eval_results = [
         EvalResult(

@@ -52,7 +52,9 @@ def explained(doing: str, repo_id: str, revision: str | None = None, resumes: bo
         if advice is None:
             raise
         # not chained: the original carries the request, whose headers hold the token
-        raise HubError(f"{doing[0].upper()}{doing[1:]} {repo_id!r} failed: {advice}") from None
+        raise HubError(
+            f"{doing[0].upper()}{doing[1:]} {repo_id!r} failed: {advice}".replace(repo_id, redacted(repo_id))
+        ) from None
 
 
 def redacted(text: object) -> str:
@@ -104,7 +106,7 @@ def _advice(error: Exception, repo_id: str, revision: str | None, resumes: bool)
     if isinstance(error, GatedRepoError):
         return f"it is gated. Ask for access on its page, and log in with {LOGIN}."
     if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision!r}. Give a branch, tag or commit that it has."
+        return f"it has no revision {redacted(repr(revision))}. Give a branch, tag or commit that it has."
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"it is not in the cache, and the Hub was not asked or not reached ({_first_line(error)}). Check the connection, "

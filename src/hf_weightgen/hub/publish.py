@@ -6,8 +6,11 @@ interrupted publication finds there what it has sent already.
 """
 
 import hashlib
+import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -16,17 +19,23 @@ from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from .errors import HubError, explained, status_of, wait_before
-from .untrusted import check_folder
+from .untrusted import check_folder, check_names
 
 
-# what marks a kind of repository, first match first
+# what marks a kind of repository, first match first; and what else a publication of this kind writes
 MARKERS = {
-    "generator": ("model_index.json",),
-    "adapter": ("adapter_config.json", "*/adapter_config.json"),
-    "zoo": ("data/*.parquet",),
-    "network": ("config.json", "*/config.json"),
+    "generator": r"model_index\.json",
+    "adapter": r"(\d{4}/)?adapter_config\.json",
+    "zoo": r"data/[^/]+\.parquet",
+    "network": r"(\d{4}/)?config\.json",
 }
-OWN_FILES = ("*.safetensors", "*.parquet", "*.json", "*.py")  # replaced by a publication; other files are left alone
+WRITTEN = {
+    "generator": r"evaluation\.json|pipeline\.py|[a-z_]+/[^/]+\.(json|safetensors)|[a-z_]+/modeling\.py",
+    "adapter": r"(\d{4}/)?(adapter_model\.safetensors|labels\.json|README\.md)",
+    "zoo": r"data/[^/]+\.parquet",
+    "network": r"(\d{4}/)?(model\.safetensors|labels\.json|modeling_target\.py|README\.md)",
+}
+ALSO = re.compile(r"README\.md|LICENSE(\.\w+)?")  # of every kind; never deleted
 FILES_PER_COMMIT = 50
 
 
@@ -37,13 +46,43 @@ def kind_of(folder: str | Path) -> str:
     Raises:
         ValueError: If the folder is none of them.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r} to publish.")
-    for kind, patterns in MARKERS.items():
-        if any(file.is_file() for pattern in patterns for file in Path(folder).glob(pattern)):
-            return kind
-    markers = ", ".join(f"{patterns[0]} ({kind})" for kind, patterns in MARKERS.items())
-    raise ValueError(f"{str(folder)!r} is nothing that can be published: it has none of {markers}.")
+    kind = _kind([path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")]])
+    if kind is None:
+        raise ValueError(
+            f"{str(folder)!r} is nothing that can be published: it has none of model_index.json (generator), "
+            "adapter_config.json (adapter), data/*.parquet (zoo), config.json (network)."
+        )
+    return kind
+
+
+def _kind(names: Iterable[str]) -> str | None:
+    names = list(names)
+    found = (kind for kind, marker in MARKERS.items() if any(re.fullmatch(marker, name) for name in names))
+    return next(found, None)
+
+
+def copy_for_publication(folder: str | Path, copy: Path) -> Path:
+    """
+    A copy to be completed and published, without hidden files.
+
+    Raises:
+        UntrustedFileError: If a link leads out of the folder, or a file is a pickle or no file at all.
+        ValueError: If there is a file that does not belong to its kind: what lies there by accident is not made public.
+    """
+    folder, kind = Path(folder), kind_of(folder)
+    check_folder(folder)
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"), symlinks=False)
+    for path in sorted(copy.rglob("*")):
+        name = path.relative_to(copy).as_posix()
+        if path.is_file() and not _is_own(kind, name) and not ALSO.fullmatch(name):
+            raise ValueError(
+                f"{str(folder)!r} holds {name!r}, which is no part of a published {kind}; move it elsewhere, or publish a folder "
+                "without it."
+            )
+    return copy
 
 
 def publish(
@@ -87,16 +126,17 @@ def publish(
     with explained("publishing to", repo_id, revision, resumes=True):
         info = _created(api, repo, private, branch)
         there = {file.rfilename: file for file in info.siblings}
-        _check_kind(repo_id, kind, there)
+        _check_kind(repo_id, kind, there, info.tags or ())
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
         kept = {operation.path_in_repo for operation in additions}
-        stale = [CommitOperationDelete(name) for name in there if name not in kept and _is_own(name)]
+        stale = [CommitOperationDelete(name) for name in there if name not in kept and _is_own(kind, name)]
         if len(additions) <= FILES_PER_COMMIT:
             return _commit(api, repo, branch, [*additions, *stale], message, info.sha)
         staged = _stage(api, repo, additions, info.sha, message)
         copies = [CommitOperationCopy(a.path_in_repo, a.path_in_repo, src_revision=staged) for a in additions]
         committed = _commit(api, repo, branch, [*copies, *stale], message, info.sha)
-        api.delete_branch(**repo, branch=staged)
+        with suppress(HTTPError):  # it is published; a branch that stays does no harm
+            api.delete_branch(**repo, branch=staged)
         return committed
 
 
@@ -117,17 +157,19 @@ def _created(api: HfApi, repo: dict, private: bool | None, branch: str) -> Model
     return info
 
 
-def _check_kind(repo_id: str, kind: str, there: dict) -> None:
+def _check_kind(repo_id: str, kind: str, there: Iterable[str], tags: Iterable[str]) -> None:
     """A repository that holds something else is not overwritten by mistake."""
-    others = sorted(name for name in there if _is_own(name))
-    if others and not any(Path(name).match(pattern) for name in there for pattern in MARKERS[kind]):
+    others = sorted(name for name in there if name != ".gitattributes" and not ALSO.fullmatch(name))
+    if others and not ("hf_weightgen" in tags and _kind(others) == kind):
         raise ValueError(
-            f"Repository {repo_id!r} holds {others[0]!r}, and is no {kind}; it is left as it is. Choose another id, or empty it."
+            f"Repository {repo_id!r} holds {others[0]!r}, and is not the {kind} of an earlier publication; it is left as it is. "
+            "Choose another id, or empty it."
         )
+    check_names((name for name in others if not _is_own(kind, name)), f"Repository {repo_id!r}")
 
 
-def _is_own(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in OWN_FILES)
+def _is_own(kind: str, name: str) -> bool:
+    return re.fullmatch(f"{MARKERS[kind]}|{WRITTEN[kind]}", name) is not None
 
 
 def _stage(api: HfApi, repo: dict, additions: Sequence[CommitOperationAdd], head: str, message: str) -> str:

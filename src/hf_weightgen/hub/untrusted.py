@@ -7,6 +7,9 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 MAX_HEADER_BYTES = 25_000_000  # of a safetensors file; the limit of the reference implementation is 100 MB
 MAX_JSON_BYTES = 50_000_000
@@ -39,17 +42,26 @@ def check_names(names: Iterable[str], where: str) -> None:
             or name.startswith(("/", "~"))
         ):
             raise UntrustedFileError(
-                f"{where} holds the file name {name!r}, which could lie outside of its folder; it is not loaded."
+                f"{where} holds the file name {name!r}, which could lie outside of its folder; it is refused."
             )
         if ".." in parts:
             raise UntrustedFileError(
-                f"{where} holds the file name {name!r}, which climbs out of its folder; it is not loaded."
+                f"{where} holds the file name {name!r}, which climbs out of its folder; it is refused."
             )
         if _PICKLE.search(name):
             raise UntrustedFileError(
                 f"{where} holds {name!r}, a pickle or another format that can run code when loaded; only safetensors are "
                 "loaded. Remove the file, or convert it to safetensors with a tool that you trust."
             )
+
+
+def is_repo_id(value: object) -> bool:
+    """Whether a value can be the id of a repository on the Hub."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return isinstance(value, str)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -70,8 +82,11 @@ def check_folder(folder: str | Path) -> None:
         for name in (*folders, *names):
             file = Path(path, name)
             if file.is_symlink() and not any(file.resolve().is_relative_to(home) for home in homes):
-                raise UntrustedFileError(f"{str(file)!r} is a link that leads out of its folder; it is not loaded.")
+                raise UntrustedFileError(f"{str(file)!r} is a link that leads out of its folder; it is refused.")
         files += [Path(path, name) for name in names]
+    special = next((file for file in files if not file.is_file()), None)
+    if special is not None:
+        raise UntrustedFileError(f"{str(special)!r} is no regular file; it is refused.")
     check_names((file.relative_to(folder).as_posix() for file in files), repr(str(folder)))
     for file in sorted(files):
         if file.suffix == ".json":
@@ -103,6 +118,14 @@ def read_json(file: str | Path):
         depth += 1
         if depth > MAX_JSON_DEPTH:
             raise UntrustedFileError(f"{str(file)!r} is nested more than {MAX_JSON_DEPTH} deep; it is not loaded.")
+    return value
+
+
+def read_object(file: str | Path) -> dict:
+    """A JSON object; raises like [`read_json`], and if it is another value."""
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UntrustedFileError(f"{str(file)!r} is no JSON object; download or save it anew.")
     return value
 
 

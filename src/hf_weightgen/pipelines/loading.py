@@ -6,6 +6,7 @@ first (on torch's meta device), where a network that is larger than its file is 
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,21 +14,22 @@ from pathlib import Path
 
 import diffusers
 import torch
-import transformers
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
 from peft import LoraConfig
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import PreTrainedModel
 
 from .. import components
-from ..hub.untrusted import UntrustedFileError, check_folder, read_header, read_json
+from ..hub.untrusted import UntrustedFileError, check_folder, is_repo_id, read_header, read_object
 from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
 
 
 COMPONENTS = "hf_weightgen.components"
 STUB = "modeling"  # module of the same classes in a repository that the stock `DiffusionPipeline` can load
-OURS = ("WeightDenoiser", "WeightTokenizer", "WeightVAE")
 INDEX = "model_index.json"
 NUMBERS = {  # setting of an index -> its range and types
     "num_inference_steps": (1, 1_000, int),
@@ -36,10 +38,20 @@ NUMBERS = {  # setting of an index -> its range and types
     "known_above": (-1, 1, (int, float)),
 }
 LARGEST_SETTING = 1_000_000  # of a scheduler, which allocates as many numbers
-LIBRARIES = {
-    "diffusers": (diffusers, (ModelMixin, SchedulerMixin)),
-    "transformers": (transformers, (PreTrainedModel, PreTrainedTokenizerBase)),
+MOST_TASKS, MOST_LABELS, LONGEST_NAME = 10_000, 10_000, 200
+LORA_SETTINGS = {
+    "r", "lora_alpha", "lora_dropout", "bias", "task_type", "target_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+# component -> the classes that it may have; encoders are named in a generator and never lie in it
+CLASSES = {
+    "vae": {(COMPONENTS, "WeightVAE"): components.WeightVAE},
+    "unet": {
+        (COMPONENTS, "WeightDenoiser"): components.WeightDenoiser,
+        ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel,
+    },
+    "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
 }
+WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?\.safetensors")
 
 
 def read_index(folder: str | Path) -> dict:
@@ -55,10 +67,7 @@ def read_index(folder: str | Path) -> dict:
         raise FileNotFoundError(
             f"No {INDEX} in {str(folder)!r}: this is no generator. Give its folder, a Hub id, or 'bundled'."
         )
-    index = read_json(file)
-    if not isinstance(index, dict):
-        raise UntrustedFileError(f"{str(file)!r} is no JSON object; download or save the generator anew.")
-    return with_our_names(index)
+    return with_our_names(read_object(file))
 
 
 def with_our_names(index: dict) -> dict:
@@ -96,38 +105,54 @@ def check_components(folder: str | Path, given: Iterable[str] = ()) -> None:
             _check_network(component, folder / name)
         elif issubclass(component, SchedulerMixin):
             file = folder / name / "scheduler_config.json"
-            settings = read_json(file)
-            for key, value in settings.items() if isinstance(settings, dict) else ():
+            for key, value in read_object(file).items():
                 if isinstance(value, (int, float)) and LARGEST_SETTING < abs(value) < math.inf:
                     raise UntrustedFileError(
                         f"{str(file)!r}: {key!r} is {value!r}, expected at most {LARGEST_SETTING:,}."
                     )
+        else:
+            read_object(folder / name / "preprocessor_config.json")
 
 
 def _component_class(index: Path, name: str, module: str | None, class_name: str | None) -> type:
-    if module == COMPONENTS and class_name in OURS:
-        return getattr(components, class_name)
-    if module in LIBRARIES and class_name:
-        library, bases = LIBRARIES[module]
-        found = getattr(library, class_name, None)
-        if isinstance(found, type) and issubclass(found, bases):
+    known = CLASSES.get(name, {})
+    if (module, class_name) in known:
+        return known[module, class_name]
+    if name == "scheduler" and module == "diffusers" and class_name:
+        found = getattr(diffusers, class_name, None)
+        if isinstance(found, type) and issubclass(found, SchedulerMixin):
             return found
+    expected = [class_name for _, class_name in known] or ["a scheduler of diffusers"] * (name == "scheduler")
     raise UntrustedFileError(
-        f"{str(index)!r} wants {name!r} to be {class_name!r} from the module {module!r}; only {', '.join(OURS)}, and models, "
-        "schedulers and tokenizers of diffusers and transformers are loaded."
+        f"{str(index)!r} wants {name!r} to be {class_name!r} from the module {module!r}; "
+        f"expected {' or '.join(expected) or 'no such component'}."
     )
 
 
 def _check_network(component: type, folder: Path) -> None:
     """What a file of another network lacks would otherwise stay random, with no more than a warning in a log."""
-    stored = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored |= read_header(file)
-    if not stored:
+    config = read_object(folder / "config.json")
+    if issubclass(component, PreTrainedModel):
+        known = {*component.config_class().to_dict(), "architectures", "dtype", "torch_dtype", "transformers_version"}
+        unknown = sorted(config.keys() - known)
+        if unknown:
+            raise UntrustedFileError(
+                f"{str(folder / 'config.json')!r} holds {unknown[0]!r}, which no {component.__name__} has."
+            )
+    for file in sorted(folder.iterdir()):
+        if file.name != "config.json" and file.name != f"{STUB}.py" and not WEIGHTS_FILE.fullmatch(file.name):
+            raise UntrustedFileError(
+                f"{str(file)!r} is no part of a {component.__name__}, which is a config.json and one safetensors file; remove it."
+            )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise UntrustedFileError(f"{str(folder)!r} holds no safetensors file; download or save the generator anew.")
-    config = read_json(folder / "config.json")
+    headers = [read_header(file) for file in files]
     try:
-        with torch.device("meta"), _limited(sum(math.prod(shape) for _, shape in stored.values()), len(stored)):
+        with (
+            torch.device("meta"),
+            _limited(max(sum(math.prod(s) for _, s in h.values()) for h in headers), len(headers[0])),
+        ):
             if issubclass(component, ModelMixin):
                 model = component.from_config(config)
             else:
@@ -138,33 +163,40 @@ def _check_network(component: type, folder: Path) -> None:
             f"{str(folder / 'config.json')!r} describes no {component.__name__} that fits the weights beside it "
             f"({type(error).__name__}: {error}). Download or save the generator anew."
         ) from error
-    shapes = {name: shape for name, (_, shape) in stored.items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            raise UntrustedFileError(
-                f"The weights in {str(folder)!r} have {shapes.get(name, 'nothing')} for {name!r}, {component.__name__} has "
-                f"{wanted.get(name, 'no place')}: they are of another network than its config.json. Download or save the "
-                "generator anew."
-            )
+    for file, header in zip(files, headers, strict=True):  # a variant is whole as well
+        shapes = {name: shape for name, (_, shape) in header.items()}
+        for name in sorted(wanted.keys() | shapes.keys()):
+            if wanted.get(name) != shapes.get(name):
+                raise UntrustedFileError(
+                    f"The weights in {str(file)!r} have {shapes.get(name, 'nothing')} for {name!r}, {component.__name__} has "
+                    f"{wanted.get(name, 'no place')}: they are of another network than its config.json. Download or save the "
+                    "generator anew."
+                )
 
 
 @contextmanager
 def _limited(most_scalars: int, most_tensors: int) -> Iterator[None]:
-    """Stops the building of a network that has far more parameters than its file."""
+    """Stops the building of a network that has far more parameters and buffers than its file."""
     thread, built = threading.get_ident(), [0, 0]
 
-    def count(module, name, parameter):
-        if parameter is not None and threading.get_ident() == thread:
-            built[0] += parameter.numel()
+    def count(module, name, tensor):
+        if tensor is not None and threading.get_ident() == thread:
+            built[0] += tensor.numel()
             built[1] += 1
             if built[0] > 2 * most_scalars or built[1] > 2 * most_tensors:  # what lacks a little is told by its name
                 raise ValueError(f"the network is larger than the {most_scalars:,} stored weights")
 
-    hook = register_module_parameter_registration_hook(count)
+    hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is a line of text that can stand in a card."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= len(value) <= LONGEST_NAME
 
 
 def check_settings(config: Mapping, embedding_size: int) -> None:
@@ -176,30 +208,44 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
     """
     target, encoder, tasks = config.get("target"), config.get("encoder"), config.get("tasks")
     match target:
-        case {"kind": "adapter", "base_model": str(), "lora": {"r": int(), "task_type": "SEQ_CLS"} as lora}:
+        case {"kind": "adapter", "base_model": str(base), "lora": {"r": int(), "task_type": "SEQ_CLS"} as lora}:
+            if not is_repo_id(base):
+                raise ValueError(f"`target` names the base model {base[:200]!r}, which is no id on the Hub.")
+            if lora.keys() - LORA_SETTINGS:
+                raise ValueError(
+                    f"`lora` holds {sorted(lora.keys() - LORA_SETTINGS)[0]!r}, known are {sorted(LORA_SETTINGS)}."
+                )
             LoraConfig(**lora)
         case {"kind": "network", "config": {**settings}}:
+            known = {"input_size", "hidden_size", "activation"}
+            if settings.keys() - known or any(isinstance(v, int) and v > LARGEST_SETTING for v in settings.values()):
+                raise ValueError(f"`target` {str(target)[:200]} describes no network of {sorted(known)}.")
             TargetConfig(**settings, num_classes=2)
         case _:
             raise ValueError(
                 f"`target` {str(target)[:200]} is neither an adapter with base model and `lora`, nor a network."
             )
-    if encoder is not None and not (isinstance(encoder, Mapping) and isinstance(encoder.get("id"), str)):
-        raise ValueError(f"`encoder` must name a model by its `id`, got {str(encoder)[:200]}.")
-    if not isinstance(tasks, list) or not tasks:
-        raise ValueError("`tasks` must list the known tasks, and there is none.")
+    if encoder is not None and not (
+        isinstance(encoder, Mapping)
+        and is_repo_id(encoder.get("id"))
+        and all(isinstance(encoder.get(name), (str, type(None))) for name in ("revision", "sha256"))
+    ):
+        raise ValueError(f"`encoder` must name a model by its `id` on the Hub, got {str(encoder)[:200]}.")
+    if not isinstance(tasks, list) or not 1 <= len(tasks) <= MOST_TASKS:
+        raise ValueError(f"`tasks` must list 1 to {MOST_TASKS:,} known tasks.")
     for task in tasks:
         match task:
             case {
-                "name": str(),
-                "family": str(),
-                "labels": [str(), str(), *rest],
+                "name": name,
+                "family": family,
+                "labels": [_, _, *_] as labels,
                 "prompt_embeddings": str(packed),
-            } if all(isinstance(label, str) for label in rest):
-                unpack_embeddings(packed, embedding_size)
+            } if all(map(_is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
+                if not unpack_embeddings(packed, embedding_size).isfinite().all():
+                    raise ValueError(f"`tasks`: the prompt embeddings of {name!r} are not finite.")
             case _:
                 raise ValueError(
-                    f"`tasks` holds {str(task)[:200]}, which has no name, family, labels and prompt embeddings."
+                    f"`tasks` holds {str(task)[:200]}, which has no name, family, different labels and prompt embeddings."
                 )
     for name, (low, high, kinds) in NUMBERS.items():
         value = config.get(name)

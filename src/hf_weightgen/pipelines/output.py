@@ -14,13 +14,21 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hub.cards import DETAILS, add_results, has_card, readdress, write_card
+from ..hub.cards import DETAILS, add_results, needs_card, readdress, write_card
 from ..hub.errors import explained
-from ..hub.publish import kind_of, publish
+from ..hub.publish import copy_for_publication, kind_of, publish
+from ..hub.untrusted import is_repo_id, read_json
 from ..targets import architectures
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import load_classifier
 from ..targets.tasks import TASKS
+
+
+CODE = "modeling_target"
+CONFIGS = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "network": ("config.json", "model.safetensors"),
+}
 
 
 @dataclass
@@ -145,10 +153,16 @@ class WeightGenOutput(BaseOutput):
             prompt=self.prompts[index],
             seed=self.seeds[index],
             task=self.tasks[index],
-            generator=f"{self.generator_id}{f', revision {self.generator_revision}' if self.generator_revision else ''}",
+            generator=self._generator(),
             command=self.command,
             datasets=[TASKS[self.tasks[index]].dataset_id] if self.tasks[index] in TASKS else (),
         )
+
+    def _generator(self) -> str:
+        if self.generator_revision:
+            return f"{self.generator_id}, revision {self.generator_revision}"
+        path = Path(self.generator_id)
+        return f"{path.name} (a folder)" if path.is_absolute() or path.is_dir() else self.generator_id
 
     def push_to_hub(
         self,
@@ -188,15 +202,17 @@ class WeightGenOutput(BaseOutput):
 
     def select(self, indices: Sequence[int]) -> "WeightGenOutput":
         """The samples with these numbers, in this order."""
-        count = len(self.labels)
-        wrong = [i for i in indices if not -count <= i < count]
-        if wrong or not len(indices):
-            raise IndexError(
-                f"There is no sample {wrong[0] if wrong else ''}: choose among the {count} of this output."
-            )
+        count, indices = len(self.labels), list(indices)
+        if not indices:
+            raise ValueError("`indices` is empty: choose at least one sample.")
+        for i in indices:
+            if isinstance(i, bool) or not isinstance(i, int):
+                raise TypeError(f"`indices` must hold whole numbers, got {i!r}.")
+            if not -count <= i < count:
+                raise IndexError(f"There is no sample {i}: choose among the {count} of this output, counted from 0.")
         kept = {name: [getattr(self, name)[i] for i in indices] for name in ("labels", "tasks", "prompts", "seeds")}
         weights = [self.weights[i] for i in indices] if self.weights else []
-        return replace(self, weights=weights, latents=self.latents[list(indices)], **kept)
+        return replace(self, weights=weights, latents=self.latents[indices], **kept)
 
 
 def publish_weights(
@@ -215,41 +231,55 @@ def publish_weights(
         ValueError: If an adapter names its base model by a path, or `remote_code` is asked for adapters.
     """
     kind = kind_of(folder)
+    if kind == "adapter" and remote_code:
+        raise ValueError("`remote_code` is for networks: adapters load with plain PEFT.")
+    config_name, weights = CONFIGS[kind]
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
-        copy = Path(shutil.copytree(folder, Path(temporary) / "weights"))
-        name = "adapter_config.json" if kind == "adapter" else "config.json"
-        for file in sorted([*copy.glob(name), *copy.glob(f"*/{name}")]):
-            config = json.loads(file.read_text(encoding="utf-8"))
-            if kind == "adapter":
-                _complete_adapter(file.parent, config, remote_code)
-            elif remote_code:
-                module = "modeling_target"
-                config["auto_map"] = {"AutoConfig": f"{module}.TargetConfig", "AutoModel": f"{module}.TargetModel"}
-                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-                shutil.copyfile(architectures.__file__, file.parent / f"{module}.py")
-            readdress(file.parent, repo_id, None if file.parent == copy else file.parent.name)
+        copy = copy_for_publication(folder, Path(temporary) / "weights")
+        places = [file.parent for file in sorted([*copy.glob(config_name), *copy.glob(f"*/{config_name}")])]
+        for place in places:
+            name = (Path(folder) / place.relative_to(copy)).as_posix()  # of the user's folder, not of the copy
+            if not (place / weights).is_file():
+                raise ValueError(f"{name!r} has a {config_name} and no {weights}; save it anew.")
+            config, labels = _read(place / config_name, dict, name), []
+            if (place / "labels.json").is_file():
+                labels = _read(place / "labels.json", list, name)
+            if not all(isinstance(label, str) for label in labels):
+                raise ValueError(f"The labels.json in {name!r} must be a list of names, got {str(labels)[:80]}.")
+            base = config.get("base_model_name_or_path")
+            if kind == "adapter" and not is_repo_id(base):
+                raise ValueError(
+                    f"The adapter in {name!r} names its base model {base!r}, which nobody else can load; set "
+                    "`base_model_name_or_path` to the model's id on the Hub."
+                )
+            if needs_card(place):
+                write_card(place, kind, base_model=base, labels=labels)
+            subfolder = None if place == copy else place.name
+            readdress(place, repo_id, subfolder, settings.get("revision"))
+            if remote_code:
+                _add_code(place, copy, config, repo_id, subfolder)
         if not (copy / "README.md").is_file():  # several samples: the card of the first speaks for all
-            cards = sorted(copy.glob("*/README.md"))
-            told = (
-                f"{DETAILS}- samples: {len(cards)}, in the folders {cards[0].parent.name} to {cards[-1].parent.name}\n"
-            )
-            text = cards[0].read_text(encoding="utf-8").replace(DETAILS, told, 1)
+            told = f"{DETAILS}- samples: {len(places)}, in the folders {places[0].name} to {places[-1].name}\n"
+            text = (places[0] / "README.md").read_text(encoding="utf-8").replace(DETAILS, told, 1)
             (copy / "README.md").write_text(text, encoding="utf-8")
         if rows:
             add_results(copy, rows)
         return publish(copy, repo_id, **settings)
 
 
-def _complete_adapter(folder: Path, config: dict, remote_code: bool) -> None:
-    base = config.get("base_model_name_or_path")
-    if remote_code:
-        raise ValueError("`remote_code` is for networks: adapters load with plain PEFT.")
-    if not isinstance(base, str) or base.count("/") > 1 or base.startswith((".", "/", "~")) or "\\" in base:
-        raise ValueError(
-            f"The adapter in {str(folder)!r} names its base model {base!r}, which nobody else can load; set "
-            "`base_model_name_or_path` to the model's id on the Hub."
-        )
-    if not has_card(folder):
-        labels = folder / "labels.json"
-        names = json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else []
-        write_card(folder, "adapter", base_model=base, labels=names)
+def _read(file: Path, kind: type, place: str):
+    value = read_json(file)
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.name} in {place!r} must be a JSON {kind.__name__}, got {str(value)[:80]}.")
+    return value
+
+
+def _add_code(place: Path, root: Path, config: dict, repo_id: str, subfolder: str | None) -> None:
+    """The file that transformers runs, which it looks for at the root of a repository, and how to load with it."""
+    config["auto_map"] = {"AutoConfig": f"{CODE}.TargetConfig", "AutoModel": f"{CODE}.TargetModel"}
+    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(architectures.__file__, root / f"{CODE}.py")
+    where = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    told = f"Without hf_weightgen: `AutoModel.from_pretrained({where}, trust_remote_code=True)`.\n\n{DETAILS}"
+    card = place / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(DETAILS, told, 1), encoding="utf-8")

@@ -7,6 +7,7 @@ Notation: N samples, C classes, T body tokens, S scalars per token, E size of an
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -92,6 +93,10 @@ class D2NWGPipeline(WeightGenPipeline):
         for t in self.scheduler.timesteps:  # fails here, not in use, where its settings make no sense
             latents = self.scheduler.step(latents, t, latents).prev_sample
         tokenizer, vae, unet = self.weight_tokenizer, self.vae.config, self.unet.config
+        if not math.isfinite(vae.noise_scale):
+            raise ValueError(f"`noise_scale` is {vae.noise_scale}, expected a finite number.")
+        if not latents.isfinite().all():
+            raise ValueError("the scheduler's settings make latents that are not finite.")
         told = tokenizer.token_size, tokenizer.num_body_tokens(0)
         if told != (vae.token_size, vae.num_body_tokens):
             raise ValueError(

@@ -16,10 +16,10 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from ..hub.cards import EVALUATION, has_card, readdress, write_card
+from ..hub.cards import EVALUATION, needs_card, readdress, write_card
 from ..hub.download import download
 from ..hub.errors import explained
-from ..hub.publish import publish
+from ..hub.publish import copy_for_publication, publish
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 from .output import WeightGenOutput
@@ -116,9 +116,8 @@ class WeightGenPipeline(DiffusionPipeline):
             kwargs["dtype"] = torch.float32  # what is stored in float16 would otherwise be computed in float16 too
         try:
             pipe = super().from_pretrained(str(folder), **kwargs)
+            _check_finite(pipe)
             pipe.check_parts()
-        except (MemoryError, KeyboardInterrupt, OSError):
-            raise
         except Exception as error:  # of diffusers, transformers or our own constructors, about one file or another
             raise ValueError(f"{str(folder)!r} does not load: {error} Download or save the generator anew.") from error
         for part in (pipe, *pipe.components.values()):
@@ -299,15 +298,23 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
         remote_code: See [`~WeightGenPipeline.push_to_hub`].
         settings: Of [`~hub.publish.publish`].
     """
-    check_components(folder)
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
-        copy = Path(shutil.copytree(folder, Path(temporary) / "generator"))
-        if not has_card(copy):
+        copy = copy_for_publication(folder, Path(temporary) / "generator")
+        check_components(copy)
+        if needs_card(copy):
             index = read_index(copy)
             prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
             base = index["target"].get("base_model")
             write_card(copy, "generator", base_model=base, prompt=prompt, generator=repo_id)
         if remote_code:
             write_stubs(copy)
-        readdress(copy, repo_id)
+        readdress(copy, repo_id, revision=settings.get("revision"))
         return publish(copy, repo_id, **settings)
+
+
+def _check_finite(pipe) -> None:
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for key, tensor in component.state_dict().items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ValueError(f"{name}: {key!r} holds NaN or infinite weights.")

@@ -2,6 +2,7 @@
 A shard appears whole or not at all, so that a kill at any moment loses no finished row.
 """
 
+import glob
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ from urllib.parse import quote
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HTTPError
 
-from ..hub.cards import has_card, readdress, write_card
+from ..hub.cards import needs_card, readdress, write_card
 from ..hub.errors import explained
 from ..hub.publish import publish
 from .parquet import read_table, write_tables
@@ -126,16 +128,21 @@ def load_zoo(
         HubError: If the Hub does not give the dataset.
     """
     unknown = [name for name in columns or () if name not in FEATURES]
-    if unknown:
-        raise ValueError(f"A zoo has no column {unknown[0]!r}; it has {list(FEATURES)}.")
+    if unknown or (columns is not None and not 1 <= len(columns) == len(set(columns))):
+        wrong = (
+            f"A zoo has no column {unknown[0]!r}"
+            if unknown
+            else f"`columns` must name different columns, got {columns!r}"
+        )
+        raise ValueError(f"{wrong}; it has {list(FEATURES)}.")
     path = Path(path_or_id)
     if path.is_file():
         read_table(path, ["id"])
-        files = str(path)
+        files = glob.escape(str(path))
     elif path.is_dir():
         if not ZooFolder(path).finished():
             raise FileNotFoundError(f"{path} has no shard `data/*.parquet`, so it is no zoo; build one there first.")
-        files = str(path / "data" / "*.parquet")
+        files = f"{glob.escape(str(path))}/data/*.parquet"
     else:
         if path.is_absolute() or str(path_or_id).startswith(".") or len(path.parts) > 2:
             raise FileNotFoundError(f"{path_or_id} is no folder and no file, and cannot be the id of a dataset.")
@@ -145,16 +152,24 @@ def load_zoo(
         files = f"hf://datasets/{path_or_id}@{commit}/data/*.parquet"
     wanted = {name: list(given) for name, given in (("columns", columns), ("filters", filters)) if given is not None}
     with explained("loading", str(path_or_id), revision):
-        zoo = load_dataset(
-            "parquet",
-            data_files={"train": files},
-            split="train",
-            streaming=streaming,
-            token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            **wanted,
-        )
-        features = zoo.features or zoo.resolve_features().features
+        try:
+            zoo = load_dataset(
+                "parquet",
+                data_files={"train": files},
+                split="train",
+                streaming=streaming,
+                token=token,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+                **wanted,
+            )
+            features = zoo.features or zoo.resolve_features().features
+        except (HTTPError, FileNotFoundError):
+            raise
+        except Exception as error:  # of datasets or Arrow, about columns that are no zoo's, or a filter
+            why = error.__cause__ or error
+            raise ValueError(
+                f"{path_or_id} does not load as a zoo ({type(why).__name__}: {why}); check `filters`, or download it anew."
+            ) from error
     lacking = [name for name in columns or FEATURES if name not in features]
     if lacking:
         raise ValueError(f"{path_or_id} is no zoo: it has no column {lacking[0]!r}, and a zoo has {list(FEATURES)}.")
@@ -183,17 +198,19 @@ def push_zoo(
     Raises:
         FileNotFoundError: If the folder has no shard. ValueError: If a shard is damaged. HubError: If the Hub or the disk fails.
     """
+    if rows_per_shard < 1:
+        raise ValueError(f"`rows_per_shard` must be at least 1, got {rows_per_shard}.")
     index = [row_id for row_id, _, _ in ZooFolder(folder).index() if not row_id.endswith(tuple(leave_out))]
     if not index:
         raise FileNotFoundError(f"{folder} has no shard `data/*.parquet`, so it is no zoo; build one there first.")
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         merge(folder, temporary, half, -(-len(index) // rows_per_shard), leave_out)
-        if has_card(folder):
+        if not needs_card(folder):
             shutil.copyfile(Path(folder) / "README.md", Path(temporary) / "README.md")
         else:
             base, told = describe(temporary)
             write_card(temporary, "zoo", base_model=base, generator=repo_id, facts=told)
-        readdress(temporary, repo_id)
+        readdress(temporary, repo_id, revision=settings.get("revision"))
         return publish(temporary, repo_id, **settings)
 
 
