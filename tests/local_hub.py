@@ -11,6 +11,7 @@ COMMAND may write to it.
 
 import argparse
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -190,6 +191,16 @@ def _blob(path: str, data: bytes) -> Blob:
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     large = path.endswith(LFS_SUFFIXES) or len(data) > LFS_BYTES
     return Blob(data, len(data), oid, hashlib.sha256(data).hexdigest() if large else None)
+
+
+@functools.lru_cache  # the Hub too reads a card when it comes, not whenever it is asked
+def _metadata(readme: bytes) -> dict:
+    front = re.match(rb"---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
+    try:
+        card = yaml.load(front[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if front else {}
+    except yaml.YAMLError:
+        card = {}
+    return card if isinstance(card, dict) else {}
 
 
 def _mirrored(path: Path) -> Blob:
@@ -425,9 +436,11 @@ class _Handler(BaseHTTPRequestHandler):
         answer |= {"private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
         answer |= {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
         if "README.md" in files:
-            front = re.match(rb"---\r?\n(.*?)\r?\n---", files["README.md"].read(), re.DOTALL)
-            card = yaml.safe_load(front[1]) if front else {}
-            answer |= {"cardData": json.loads(json.dumps(card, default=str)), "tags": list(card.get("tags") or [])}
+            card = _metadata(files["README.md"].read())
+            answer |= {
+                "cardData": json.loads(json.dumps(card, default=str)),
+                "tags": list(card["tags"]) if isinstance(card.get("tags"), list) else [],
+            }
             answer |= {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
         self._send(200, {**answer, "siblings": siblings})
 

@@ -84,7 +84,7 @@ def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "acme/base" and card.data.library_name == "peft" and not needs_card(tmp_path)
     assert sections(tmp_path) == ["Details", "Limits"] and len(re.findall("^```", card.text, re.MULTILINE)) == 2
-    tree = ast.parse(card.text.split("```python\n")[1].split("```")[0])
+    tree = ast.parse(card.text.split("```python\n")[1].split("\n```")[0])
     found = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
     assert ast.literal_eval(found["names"]) == names and len(tree.body) == 5
     assert ast.unparse(found["model"]) == "PeftModel.from_pretrained(base, 'acme/lora', revision='v1')"
@@ -95,7 +95,7 @@ def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
 def test_any_prompt_makes_a_snippet_of_a_generator(tmp_path, text):
     write_card(tmp_path, "generator", prompt=text, generator=text)
     readdress(tmp_path, "acme/gen")
-    code = ModelCard.load(tmp_path / "README.md").text.split("```python\n")[1].split("```\n")[0]
+    code = ModelCard.load(tmp_path / "README.md").text.split("```python\n")[1].split("\n```")[0]
     tree = ast.parse(code)
     assert [type(node) for node in tree.body] == [ast.ImportFrom, ast.Assign, ast.Assign, ast.Assign]
     assert ast.literal_eval(tree.body[2].value.args[0]) == text

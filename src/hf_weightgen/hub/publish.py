@@ -8,6 +8,7 @@ interrupted publication finds there what it has sent already.
 import hashlib
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -85,8 +86,17 @@ def copy_for_publication(folder: str | Path, copy: Path) -> Path:
     return copy
 
 
-def publish(
-    folder: str | Path,
+def publish(folder: str | Path, repo_id: str, **settings) -> CommitInfo:
+    """
+    Makes a repository on the Hub equal to a whole generator, adapter, network or zoo with its card, see [`upload`] for the
+    settings and [`copy_for_publication`] for what is refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
+        return upload(copy_for_publication(folder, Path(temporary) / "copy"), repo_id, **settings)
+
+
+def upload(
+    folder: Path,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -95,10 +105,11 @@ def publish(
     commit_message: str | None = None,
 ) -> CommitInfo:
     """
-    Makes a repository on the Hub equal to a folder, in one commit; calling it again after an error continues.
+    Makes a repository on the Hub equal to a folder that [`copy_for_publication`] or this library wrote, in one commit;
+    calling it again after an error continues.
 
     Args:
-        folder (`str` or `Path`): A whole generator, adapter, network or zoo with its card `README.md`.
+        folder (`Path`): A whole generator, adapter, network or zoo with its card `README.md`.
         repo_id (`str`): `NAMESPACE/NAME`; created if it is not there.
         private (`bool`, *optional*): Who may see a new repository. Default: that of the namespace.
         token (`str` or `bool`, *optional*): Default: the one of the environment or of `hf auth login`.
@@ -112,14 +123,11 @@ def publish(
             committed then.
         HubError: If the Hub, the connection or the disk fails; the message says what to do.
     """
-    folder, kind = Path(folder), kind_of(folder)
-    check_folder(folder)
+    kind = kind_of(folder)
     if not (folder / "README.md").is_file():
-        raise ValueError(f"{str(folder)!r} has no card: write a `README.md`, see `write_card`.")
+        raise ValueError(f"The {kind} for {repo_id!r} has no card: write a `README.md`, see `write_card`.")
     repo_type = "dataset" if kind == "zoo" else "model"
-    files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
-    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     branch, message = revision or "main", commit_message or f"Publish a {kind} with hf_weightgen"
     api = HfApi(token=token, library_name="hf_weightgen")
     repo = {"repo_id": repo_id, "repo_type": repo_type}

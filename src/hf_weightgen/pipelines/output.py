@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..hub.cards import DETAILS, add_results, needs_card, readdress, write_card
 from ..hub.errors import explained
-from ..hub.publish import copy_for_publication, kind_of, publish
+from ..hub.publish import copy_for_publication, kind_of, upload
 from ..hub.untrusted import is_repo_id, read_json
 from ..targets import architectures
 from ..targets.architectures import TargetConfig, TargetModel
@@ -182,7 +182,7 @@ class WeightGenOutput(BaseOutput):
 
         Args:
             indices: Which samples. Default: all.
-            private, token, revision, commit_message: See [`~hub.publish.publish`].
+            private, token, revision, commit_message: See [`~hub.publish.upload`].
             remote_code, rows: See [`publish_weights`].
         """
         with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
@@ -225,7 +225,7 @@ def publish_weights(
         remote_code: For networks: adds `modeling_target.py`, with which they load through `trust_remote_code=True` where
             this library is not installed.
         rows: The honest table of the task, as `hf-weightgen evaluate --out` writes it, for the card and its metadata.
-        settings: Of [`~hub.publish.publish`].
+        settings: Of [`~hub.publish.upload`].
 
     Raises:
         ValueError: If an adapter names its base model by a path, or `remote_code` is asked for adapters.
@@ -264,7 +264,7 @@ def publish_weights(
             (copy / "README.md").write_text(text, encoding="utf-8")
         if rows:
             add_results(copy, rows)
-        return publish(copy, repo_id, **settings)
+        return upload(copy, repo_id, **settings)
 
 
 def _read(file: Path, kind: type, place: str):

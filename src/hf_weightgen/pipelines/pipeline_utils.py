@@ -19,7 +19,7 @@ from torch import Tensor
 from ..hub.cards import EVALUATION, needs_card, readdress, write_card
 from ..hub.download import download
 from ..hub.errors import explained
-from ..hub.publish import copy_for_publication, publish
+from ..hub.publish import copy_for_publication, upload
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 from .output import WeightGenOutput
@@ -163,7 +163,7 @@ class WeightGenPipeline(DiffusionPipeline):
         remote_code: bool = False,
     ) -> CommitInfo:
         """
-        Publishes the generator with its card, see [`~hub.publish.publish`].
+        Publishes the generator with its card, see [`~hub.publish.upload`].
 
         Args:
             remote_code: Whether the stock `DiffusionPipeline` shall load it with `trust_remote_code=True` too. This library
@@ -296,7 +296,7 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
 
     Args:
         remote_code: See [`~WeightGenPipeline.push_to_hub`].
-        settings: Of [`~hub.publish.publish`].
+        settings: Of [`~hub.publish.upload`].
     """
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         copy = copy_for_publication(folder, Path(temporary) / "generator")
@@ -309,7 +309,7 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
         if remote_code:
             write_stubs(copy)
         readdress(copy, repo_id, revision=settings.get("revision"))
-        return publish(copy, repo_id, **settings)
+        return upload(copy, repo_id, **settings)
 
 
 def _check_finite(pipe) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..hub.cards import needs_card, readdress, write_card
 from ..hub.errors import explained
-from ..hub.publish import publish
+from ..hub.publish import upload
 from .parquet import read_table, write_tables
 from .schema import ENCODING, FEATURES, HALF_FEATURES, ROWS_PER_GROUP, check_finite, to_half, write_shard
 
@@ -193,7 +193,7 @@ def push_zoo(
         folder (`str` or `Path`): The folder of a [`ZooFolder`]; a card of this library in it is published with it.
         half, leave_out: See [`merge`].
         rows_per_shard (`int`): How many rows a file holds.
-        settings: Of [`~hub.publish.publish`].
+        settings: Of [`~hub.publish.upload`].
 
     Raises:
         FileNotFoundError: If the folder has no shard. ValueError: If a shard is damaged. HubError: If the Hub or the disk fails.
@@ -211,7 +211,7 @@ def push_zoo(
             base, told = describe(temporary)
             write_card(temporary, "zoo", base_model=base, generator=repo_id, facts=told)
         readdress(temporary, repo_id, revision=settings.get("revision"))
-        return publish(temporary, repo_id, **settings)
+        return upload(Path(temporary), repo_id, **settings)
 
 
 def describe(folder: str | Path) -> tuple[str | None, dict[str, str]]:
