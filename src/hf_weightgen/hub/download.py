@@ -36,6 +36,7 @@ def download(
             been downloaded then.
         HubError: If the repository, the revision or the Hub cannot be reached; the message says what to do.
     """
+    revision = revision or None
     with explained("loading", repo_id, revision, resumes=True):
         if not local_files_only:
             _look_at(repo_id, marker, revision, token)

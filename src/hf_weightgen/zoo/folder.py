@@ -205,7 +205,7 @@ def push_zoo(
         raise FileNotFoundError(f"{folder} has no shard `data/*.parquet`, so it is no zoo; build one there first.")
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         merge(folder, temporary, half, -(-len(index) // rows_per_shard), leave_out)
-        if not needs_card(folder):
+        if not needs_card(folder) and not (Path(folder) / "README.md").is_symlink():
             shutil.copyfile(Path(folder) / "README.md", Path(temporary) / "README.md")
         else:
             base, told = describe(temporary)
