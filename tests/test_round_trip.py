@@ -305,6 +305,19 @@ def test_every_kind_is_published_by_one_command(pipe, hub, tmp_path):
         assert f'"acme/{kind}"' in card.split("## Details")[0]
 
 
+def test_folders_are_named_as_in_the_readme(pipe, hub, tmp_path, monkeypatch):
+    """By one word, in the folder where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    pipe(PROMPT, generator=random(0)).save_pretrained("my-adapter")
+    pipe.save_pretrained("generator")
+    assert WeightGenPipeline.from_pretrained("generator").source == "generator"
+    for name in ("my-adapter", "generator"):
+        done = CliRunner().invoke(app, ["publish", name, f"acme/{name}"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    files = list(Path("my-adapter").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1, "all readable by the same people"
+
+
 @pytest.mark.parametrize(
     ("kind", "extra", "message"),
     [("zoo", ["--remote-code"], "a zoo has no code"), ("adapter", ["--half"], "--half is for zoos"),

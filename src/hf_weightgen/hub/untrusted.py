@@ -71,7 +71,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         UntrustedFileError: The message names the file and what is wrong with it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # a name like `my-adapter` has no grandparent
     # a snapshot in the cache of huggingface_hub is made of links to the blobs beside it
     homes = [
         folder.resolve(),

@@ -144,6 +144,9 @@ class WeightGenOutput(BaseOutput):
             config.save_pretrained(folder)
             tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            shutil.copymode(
+                folder / "adapter_config.json", folder / "adapter_model.safetensors"
+            )  # it writes for its owner alone
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
         write_card(
             folder,
