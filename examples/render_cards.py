@@ -7,6 +7,7 @@ The zoo's figures come from its rows in `model_cards/text-zoo`; those of the gen
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.hub.cards import readdress, write_card
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel
-from hf_weightgen.targets.tasks import TASKS
 from hf_weightgen.zoo.folder import describe
 
 
@@ -41,18 +41,11 @@ def render(out: Path, zoo: Path) -> None:
     readdress(folders["text-generator"], f"{NAMESPACE}/text-generator")
 
     output = pipe("sentiment on SST-2", generator=torch.Generator().manual_seed(0))
-    write_card(
-        folders["text-adapter"],
-        "adapter",
-        base_model=output.target["base_model"],
-        labels=output.labels[0],
-        prompt=output.prompts[0],
-        seed=output.seeds[0],
-        task=output.tasks[0],
-        generator=f"{NAMESPACE}/text-generator",
-        command='hf-weightgen generate "sentiment on SST-2" --seed 0 --out DIR',
-        datasets=[TASKS[output.tasks[0]].dataset_id],
-    )
+    output.generator_id = f"{NAMESPACE}/text-generator"
+    output.command = f'hf-weightgen generate "sentiment on SST-2" --seed 0 --generator {output.generator_id} --out DIR'
+    with tempfile.TemporaryDirectory() as temporary:
+        (saved,) = output.save_pretrained(temporary)
+        shutil.copyfile(saved / "README.md", folders["text-adapter"] / "README.md")
     readdress(folders["text-adapter"], f"{NAMESPACE}/text-adapter")
 
     network = TargetModel(TargetConfig())
@@ -62,7 +55,7 @@ def render(out: Path, zoo: Path) -> None:
         "network",
         labels=[str(digit) for digit in range(network.config.num_classes)],
         prompt="which digit is it",
-        generator="PATH of a generator that examples/train_d2nwg.py made without --zoo",
+        generator="a folder that `accelerate launch examples/train_d2nwg.py` wrote",
         facts={"architecture": f"multilayer perceptron {size}, {network.config.activation}"},
     )
     readdress(folders["network"], f"{NAMESPACE}/network")

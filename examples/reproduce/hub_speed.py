@@ -7,7 +7,6 @@ them costs the same from a folder, and is told by itself.
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, whoami
+from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from hf_weightgen import WeightGenPipeline
@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    disable_progress_bars()
     owner, api = whoami()["name"], HfApi()
 
     def seconds(function, *arguments, **settings) -> float:

@@ -20,6 +20,19 @@ from hf_weightgen.targets.tasks import TASKS, get_task, load_task_spec
 from hf_weightgen.zoo.tasks import load_tasks
 
 
+LEGEND = """\
+In points, on at most 1,000 test rows, mean ± std over the adapters of a row: accuracy, or for cola Matthews' correlation.
+- `zoo`: the members that the generator was trained on; `generated`: from prompts that it was trained on; `lookup`: random
+  members of the task with the nearest known prompt; `zoo_average`, `gaussian`: the members' average, and draws around it;
+  `noise_at_distance`: members with noise that takes them as far from the zoo as the generated ones are;
+- `generated_held_out_prompts`: from prompts that it has never seen; `generated_mismatched`: from prompts of other tasks, in
+  balanced accuracy; `generated_swapped`: with the two class names swapped; `zoo_start`: the adapter that all members start
+  from; `cosine_label_names`: nearest class name in the text encoder; `majority`: the most frequent class;
+- `best of n`: chosen on validation; `L2`: median distance to the nearest member, for the zoo to one of another run;
+  `spread`: median distance between two of them.
+"""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", default="bundled")
@@ -110,7 +123,7 @@ def summary(rows: list[dict]) -> str:
         cells.append(f"{_number(made['novelty_l2'], 2)} / {_number(zoo.get('novelty_l2_other_runs'), 2)}")
         cells.append(f"{_number(made.get('spread_l2'), 2)} / {_number(zoo.get('spread_l2'), 2)}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_criteria(tasks)])
+    return "\n".join([LEGEND, *lines, "", *_criteria(tasks)])
 
 
 def _criteria(tasks: dict[str, dict[str, dict]]) -> list[str]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .models.modeling_denoiser import WeightDenoiser
     from .models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+    from .pipelines.output import WeightGenOutput
     from .pipelines.pipeline_d2nwg import D2NWGPipeline
-    from .pipelines.pipeline_utils import WeightGenOutput, WeightGenPipeline
+    from .pipelines.pipeline_utils import WeightGenPipeline
     from .targets.tasks import TaskSpec, get_task
     from .weights.layout import LayoutMismatchError
     from .weights.tokenization import WeightTokenizer
@@ -23,7 +24,7 @@ _MODULE_OF = {
     "LayoutMismatchError": "weights.layout",
     "TaskSpec": "targets.tasks",
     "WeightDenoiser": "models.modeling_denoiser",
-    "WeightGenOutput": "pipelines.pipeline_utils",
+    "WeightGenOutput": "pipelines.output",
     "WeightGenPipeline": "pipelines.pipeline_utils",
     "WeightTokenizer": "weights.tokenization",
     "WeightVAE": "models.modeling_weight_vae",

@@ -13,7 +13,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Weights of neural networks, on request.",
 )
 zoo_app = typer.Typer(no_args_is_help=True, help="Build model zoos.")
 app.add_typer(zoo_app, name="zoo")
@@ -24,6 +23,23 @@ Seed = Annotated[
 DataRoot = Annotated[Path | None, typer.Option(help="Folder with datasets under their Hub ids, instead of the Hub.")]
 Format = Annotated[str, typer.Option("--format", help="'text' or 'json'.")]
 Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, or 'bundled'.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"hf-weightgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    """Weights of neural networks, on request."""
 
 
 @app.command()
@@ -62,6 +78,8 @@ def generate(
     pipe = WeightGenPipeline.from_pretrained(generator)
     if texts and pipe.config.target["kind"] != "adapter":
         raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
+    if not texts and out is None:
+        print("The weights are made and not kept: --out DIR saves them, --try TEXT uses them.", file=sys.stderr)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     output = pipe(
         prompt,
@@ -71,7 +89,7 @@ def generate(
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(seed),
     )
-    output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))}"
+    output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))} --out DIR"
     folders = output.save_pretrained(out) if out is not None else []
     results = []
     for i in range(num_samples):
@@ -168,7 +186,7 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="A saved generator, adapter or network, or a zoo.")],
     repo_id: Annotated[str, typer.Argument(help="Where to, as NAMESPACE/NAME; created if it is not there.")],
     private: Annotated[
-        bool | None, typer.Option(help="Who may see a new repository. Default: your namespace's.")
+        bool | None, typer.Option(help="Whether a new repository is private. Default: as your namespace has it.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, made from main if it is not there.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,

@@ -63,8 +63,8 @@ def test_results_become_a_model_index_and_replace_earlier_ones(card):
     data = ModelCard.load(card / "README.md").data
     told = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results}
     assert told == {
-        ("films", "accuracy, generated, mean of 5"): 83.12, ("films", "accuracy, zoo, mean of 5"): 82.12,
-        ("news", "accuracy, generated, mean of 5"): 50.0, ("news", "accuracy, zoo, mean of 5"): 49.0,
+        ("films", "generated: accuracy, mean of 5"): 83.12, ("films", "baseline zoo: accuracy, mean of 5"): 82.12,
+        ("news", "generated: accuracy, mean of 5"): 50.0, ("news", "baseline zoo: accuracy, mean of 5"): 49.0,
     }  # fmt: skip
     assert data.base_model == "acme/base" and {r.dataset_type for r in data.eval_results} == {"acme/both"}
     assert sections(card) == ["Details", "Command", "Limits"]
@@ -86,7 +86,7 @@ def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
     assert sections(tmp_path) == ["Details", "Limits"] and len(re.findall("^```", card.text, re.MULTILINE)) == 2
     tree = ast.parse(card.text.split("```python\n")[1].split("\n```")[0])
     found = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
-    assert ast.literal_eval(found["names"]) == names and len(tree.body) == 5
+    assert ast.literal_eval(found["names"]) == names and len(tree.body) == 8
     assert ast.unparse(found["model"]) == "PeftModel.from_pretrained(base, 'acme/lora', revision='v1')"
     assert all(len(line) < 2_500 for line in card.text.splitlines() if not line.startswith(("names", "Classes")))
 
@@ -97,7 +97,7 @@ def test_any_prompt_makes_a_snippet_of_a_generator(tmp_path, text):
     readdress(tmp_path, "acme/gen")
     code = ModelCard.load(tmp_path / "README.md").text.split("```python\n")[1].split("\n```")[0]
     tree = ast.parse(code)
-    assert [type(node) for node in tree.body] == [ast.ImportFrom, ast.Assign, ast.Assign, ast.Assign]
+    assert [type(node) for node in tree.body] == [ast.ImportFrom, ast.Assign, ast.Assign, ast.Assign, ast.Expr]
     assert ast.literal_eval(tree.body[2].value.args[0]) == text
 
 

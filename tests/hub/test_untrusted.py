@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from hf_weightgen.hub.untrusted import UntrustedFileError, check_folder, check_names, read_header, read_json
 
@@ -152,9 +151,7 @@ def test_whole_files_tell_what_is_in_them(tmp_path_factory, told):
     file = tmp_path_factory.mktemp("whole") / "model.safetensors"
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in told.items()}
     save_file(tensors, file)
-    assert {name: shape for name, (_, shape) in read_header(file).items()} == {
-        name: tuple(tensor.shape) for name, tensor in tensors.items()
-    }
+    assert read_header(file) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 WHOLE = save({"x": torch.arange(6.0).view(2, 3), "ü": torch.ones(2, dtype=torch.int64)}, metadata={"format": "pt"})
@@ -163,7 +160,7 @@ WHOLE = save({"x": torch.arange(6.0).view(2, 3), "ü": torch.ones(2, dtype=torch
 @settings(max_examples=2_000, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(max_size=3)), max_size=3), st.integers(-40, 40))
 def test_damaged_safetensors_are_refused_or_whole(tmp_path_factory, edits, longer):
-    """What we let pass, the reference implementation reads with the same names and shapes."""
+    """What we let pass can be loaded, with the same names and shapes."""
     data = bytearray(WHOLE)
     for at, new in edits:
         data[at : at + len(new)] = new
@@ -174,10 +171,7 @@ def test_damaged_safetensors_are_refused_or_whole(tmp_path_factory, edits, longe
         told = read_header(file)
     except UntrustedFileError:
         return
-    with safe_open(file, framework="pt") as opened:
-        assert {name: shape for name, (_, shape) in told.items()} == {
-            name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()
-        }
+    assert told == {name: tuple(tensor.shape) for name, tensor in load_file(file).items()}
 
 
 JSON = st.recursive(

@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from hf_weightgen.pipelines.pipeline_utils import WeightGenOutput
+from hf_weightgen.pipelines.output import WeightGenOutput
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer, resolve_base
 from hf_weightgen.targets.functional import AdapterTarget

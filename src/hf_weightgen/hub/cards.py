@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 
-from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -23,6 +23,7 @@ PLACE = re.compile(  # where the snippet of a card loads from
     r'"(?:[^"\\\n]|\\.)*"(?:, (?:subfolder|revision)="(?:[^"\\\n]|\\.)*")*',
     re.MULTILINE,
 )
+UNNAMED = "hf_weightgen"  # what results are called until their repository has a name
 DEFAULTS = ("# Model Card for Model ID", "[More Information Needed]", "# Dataset Card for Dataset Name")
 
 
@@ -64,16 +65,9 @@ def write_card(
             pipeline_tag="text-classification" if kind == "adapter" else None,
             datasets=list(datasets) or None,
         )
-    try:
-        installed = version("hf-weightgen")
-    except PackageNotFoundError:  # run from a source tree
-        installed = "source"
-    environment = Environment(
-        keep_trailing_newline=True, undefined=StrictUndefined
-    )  # Markdown: nothing is HTML-escaped
-    environment.filters |= {"quoted": quoted, "line": line}
-    card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_data=data.to_yaml(),
+    card = (DatasetCard if kind == "zoo" else ModelCard).from_template(
+        data,
+        template_path=str(TEMPLATE),
         kind=kind,
         base=base_model,
         labels=list(labels),
@@ -84,11 +78,21 @@ def write_card(
         command=command,
         notes=list(notes),
         facts=dict(facts or {}),
-        version=installed,
+        version=version(),
+        quoted=quoted,
+        line=line,
     )
     path = Path(folder) / "README.md"
-    path.write_text(card, encoding="utf-8")
+    path.write_text(str(card), encoding="utf-8")
     return path
+
+
+def version() -> str:
+    """Of this library."""
+    try:
+        return installed("hf-weightgen")
+    except PackageNotFoundError:  # run from a source tree
+        return "from source"
 
 
 def quoted(text: str) -> str:
@@ -111,12 +115,14 @@ def needs_card(folder: str | Path) -> bool:
 
 
 def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None, revision: str | None = None) -> None:
-    """Makes the snippet of a card load from where it is published."""
+    """Makes the snippet of a card load from where it is published; results are told under that name."""
     path, place = Path(folder) / "README.md", quoted(repo_id)
     place += "".join(
         f", {name}={quoted(value)}" for name, value in (("subfolder", subfolder), ("revision", revision)) if value
     )
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace(
+        f"\n- name: {UNNAMED}\n", f"\n- name: {repo_id.split('/')[-1]}\n", 1
+    )
     path.write_text(PLACE.sub(lambda found: found[1] + place, text, count=1), encoding="utf-8")
 
 
@@ -133,6 +139,7 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
         if not isinstance(row, Mapping) or not {"task", "method"} <= row.keys():
             raise ValueError(f"Results must be rows of the honest table, got {str(row)[:120]}.")
     path, rows = Path(folder) / "README.md", [row for row in rows if row["method"] in RESULTS]
+    rows.sort(key=lambda row: RESULTS.index(row["method"]))  # the model's own first, its baselines after it
     for row in rows:
         wrong = [k for k, kind in wanted.items() if not isinstance(row.get(k), kind) or row[k] != row[k]]
         if wrong:
@@ -148,12 +155,12 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
             dataset_config=row["task"],  # two tasks of one dataset would otherwise become one
             dataset_split="test",
             metric_type=row["metric"],
-            metric_name=f"{row['metric']}, {row['method'].replace('_', ' ')}, mean of {row['n']}",
+            metric_name=f"{'' if row['method'] == 'generated' else 'baseline '}{row['method']}: {row['metric']}, mean of {row['n']}",
             metric_value=round(row["mean"], 2),
         )
         for row in rows
     ]
-    card.data.model_name = card.data.model_name or "hf_weightgen"
+    card.data.model_name = card.data.model_name or UNNAMED
     path.write_text(str(card), encoding="utf-8")
 
 

@@ -1,13 +1,12 @@
 """A repository of the Hub becomes a folder in the cache, once the names of its files have been looked at."""
 
-import time
 from itertools import count
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from .errors import explained, status_of, wait_before
+from .errors import explained, status_of, wait_or_raise
 from .untrusted import check_names
 
 
@@ -52,10 +51,7 @@ def download(
                 )
                 return Path(folder)
             except HTTPError as error:  # of a file; the client itself repeats other requests
-                wait = wait_before(attempt, error)
-                if wait is None:
-                    raise
-                time.sleep(wait)
+                wait_or_raise(attempt, error)
 
 
 def _look_at(repo_id: str, marker: str, revision: str | None, token: str | bool | None) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,12 +63,14 @@ def redacted(text: object) -> str:
     return _TOKEN.sub(r"\1_***", str(text))
 
 
-def wait_before(attempt: int, error: Exception) -> float | None:
-    """Seconds after which what failed in this attempt, counted from 0, is worth another one; `None` if it is not."""
+def wait_or_raise(attempt: int, error: Exception) -> None:
+    """Waits until what failed in this attempt, counted from 0, is worth another one, or raises the error."""
     status = status_of(error)
     passes = isinstance(error, HTTPError) and (status is None or status == 429 or status >= 500)
     wait = retry_after(error) or 2**attempt
-    return wait if passes and attempt < ATTEMPTS - 1 and wait <= LONGEST_WAIT else None
+    if not passes or attempt >= ATTEMPTS - 1 or wait > LONGEST_WAIT:
+        raise error
+    time.sleep(wait)
 
 
 def retry_after(error: Exception) -> float | None:

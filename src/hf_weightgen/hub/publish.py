@@ -9,7 +9,6 @@ import hashlib
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import count
@@ -19,7 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy,
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
-from .errors import HubError, explained, status_of, wait_before
+from .errors import HubError, explained, status_of, wait_or_raise
 from .untrusted import check_folder, check_names
 
 
@@ -124,6 +123,8 @@ def upload(
         HubError: If the Hub, the connection or the disk fails; the message says what to do.
     """
     kind = kind_of(folder)
+    if "/" not in repo_id:
+        raise ValueError(f"The repository id {repo_id!r} names no namespace; write 'YOUR_NAME/{repo_id}'.")
     if not (folder / "README.md").is_file():
         raise ValueError(f"The {kind} for {repo_id!r} has no card: write a `README.md`, see `write_card`.")
     repo_type = "dataset" if kind == "zoo" else "model"
@@ -203,10 +204,7 @@ def _commit(api: HfApi, repo: dict, branch: str, operations: list, message: str,
         except HTTPError as error:
             if attempt and status_of(error) == 412 and (arrived := _arrived(api, repo, branch, operations, message)):
                 return arrived  # an earlier attempt was committed, and only its answer was lost
-            wait = wait_before(attempt, error)
-            if wait is None:
-                raise
-            time.sleep(wait)
+            wait_or_raise(attempt, error)
 
 
 def _arrived(api: HfApi, repo: dict, branch: str, operations: list, message: str) -> CommitInfo | None:

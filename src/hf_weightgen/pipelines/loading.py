@@ -151,7 +151,7 @@ def _check_network(component: type, folder: Path) -> None:
     try:
         with (
             torch.device("meta"),
-            _limited(max(sum(math.prod(s) for _, s in h.values()) for h in headers), len(headers[0])),
+            _limited(max(sum(map(math.prod, h.values())) for h in headers), len(headers[0])),
         ):
             if issubclass(component, ModelMixin):
                 model = component.from_config(config)
@@ -163,8 +163,7 @@ def _check_network(component: type, folder: Path) -> None:
             f"{str(folder / 'config.json')!r} describes no {component.__name__} that fits the weights beside it "
             f"({type(error).__name__}: {error}). Download or save the generator anew."
         ) from error
-    for file, header in zip(files, headers, strict=True):  # a variant is whole as well
-        shapes = {name: shape for name, (_, shape) in header.items()}
+    for file, shapes in zip(files, headers, strict=True):  # a variant is whole as well
         for name in sorted(wanted.keys() | shapes.keys()):
             if wanted.get(name) != shapes.get(name):
                 raise UntrustedFileError(

@@ -11,10 +11,11 @@ from pathlib import Path
 from diffusers.utils import BaseOutput
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hub.cards import DETAILS, add_results, needs_card, readdress, write_card
+from ..hub.cards import DETAILS, add_results, needs_card, readdress, version, write_card
 from ..hub.errors import explained
 from ..hub.publish import copy_for_publication, kind_of, upload
 from ..hub.untrusted import is_repo_id, read_json
@@ -49,7 +50,7 @@ class WeightGenOutput(BaseOutput):
         latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
         generator_id (`str`): Where the generator was loaded from.
         generator_revision (`str`, *optional*): Its commit on the Hub.
-        command (`str`, *optional*): What makes these weights again, for the card.
+        command (`str`, *optional*): What makes all of these samples again, for the card.
     """
 
     weights: list
@@ -98,6 +99,9 @@ class WeightGenOutput(BaseOutput):
                 f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
             )
         set_peft_model_state_dict(model, weights)
+        for module in model.modules():  # PEFT keeps the random head of the base model beside ours
+            if isinstance(module, ModulesToSaveWrapper):
+                module.original_module.load_state_dict(next(iter(module.modules_to_save.values())).state_dict())
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> list[Path]:
@@ -158,12 +162,15 @@ class WeightGenOutput(BaseOutput):
             task=self.tasks[index],
             generator=self._generator(),
             command=self.command,
+            facts={"sample": f"{index} of {len(self.weights)}, counted from 0"} if len(self.weights) > 1 else None,
             datasets=[TASKS[self.tasks[index]].dataset_id] if self.tasks[index] in TASKS else (),
         )
 
     def _generator(self) -> str:
         if self.generator_revision:
             return f"{self.generator_id}, revision {self.generator_revision}"
+        if self.generator_id == "bundled":
+            return f"bundled with hf_weightgen {version()}"
         path = Path(self.generator_id)
         return f"{path.name} (a folder)" if path.is_absolute() or path.is_dir() else self.generator_id
 
@@ -215,7 +222,8 @@ class WeightGenOutput(BaseOutput):
                 raise IndexError(f"There is no sample {i}: choose among the {count} of this output, counted from 0.")
         kept = {name: [getattr(self, name)[i] for i in indices] for name in ("labels", "tasks", "prompts", "seeds")}
         weights = [self.weights[i] for i in indices] if self.weights else []
-        return replace(self, weights=weights, latents=self.latents[indices], **kept)
+        command = self.command if indices == list(range(count)) else None  # it would make other samples too
+        return replace(self, weights=weights, latents=self.latents[indices], command=command, **kept)
 
 
 def publish_weights(
@@ -262,7 +270,10 @@ def publish_weights(
             if remote_code:
                 _add_code(place, copy, config, repo_id, subfolder)
         if not (copy / "README.md").is_file():  # several samples: the card of the first speaks for all
-            told = f"{DETAILS}- samples: {len(places)}, in the folders {places[0].name} to {places[-1].name}\n"
+            told = (
+                f"This repository holds {len(places)} samples, in the folders {places[0].name} to {places[-1].name}, each with a "
+                f"card of its own. The snippet and the details are those of {places[0].name}.\n\n{DETAILS}"
+            )
             text = (places[0] / "README.md").read_text(encoding="utf-8").replace(DETAILS, told, 1)
             (copy / "README.md").write_text(text, encoding="utf-8")
         if rows:

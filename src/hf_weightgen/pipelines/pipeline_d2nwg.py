@@ -19,7 +19,8 @@ from ..targets.architectures import TargetConfig, TargetModel
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
 from .loading import check_settings
-from .pipeline_utils import MismatchWarning, WeightGenOutput, WeightGenPipeline
+from .output import WeightGenOutput
+from .pipeline_utils import MismatchWarning, WeightGenPipeline
 
 
 MAX_GUIDANCE = 100  # beyond it latents, and then weights, overflow

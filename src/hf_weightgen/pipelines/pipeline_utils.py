@@ -22,10 +22,7 @@ from ..hub.errors import explained
 from ..hub.publish import copy_for_publication, upload
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
-from .output import WeightGenOutput
 
-
-__all__ = ["MismatchWarning", "WeightGenOutput", "WeightGenPipeline"]
 
 PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -163,7 +160,8 @@ class WeightGenPipeline(DiffusionPipeline):
         remote_code: bool = False,
     ) -> CommitInfo:
         """
-        Publishes the generator with its card, see [`~hub.publish.upload`].
+        Publishes the generator with its card, see [`~hub.publish.upload`], in the dtype that it has: `pipe.to(torch.float16)`
+        before halves it.
 
         Args:
             remote_code: Whether the stock `DiffusionPipeline` shall load it with `trust_remote_code=True` too. This library
@@ -175,15 +173,8 @@ class WeightGenPipeline(DiffusionPipeline):
             for name in ("README.md", EVALUATION):
                 if self.folder is not None and (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
-            return publish_generator(
-                folder,
-                repo_id,
-                remote_code,
-                private=private,
-                token=token,
-                revision=revision,
-                commit_message=commit_message,
-            )
+            settings = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+            return _complete_and_upload(folder, repo_id, remote_code, settings)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Names our components by one stable module, so that the tree may change without breaking saved generators."""
@@ -300,16 +291,21 @@ def publish_generator(folder: str | Path, repo_id: str, remote_code: bool = Fals
     """
     with tempfile.TemporaryDirectory(prefix="weightgen-") as temporary, explained("publishing to", repo_id):
         copy = copy_for_publication(folder, Path(temporary) / "generator")
-        check_components(copy)
-        if needs_card(copy):
-            index = read_index(copy)
-            prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
-            base = index["target"].get("base_model")
-            write_card(copy, "generator", base_model=base, prompt=prompt, generator=repo_id)
-        if remote_code:
-            write_stubs(copy)
-        readdress(copy, repo_id, revision=settings.get("revision"))
-        return upload(copy, repo_id, **settings)
+        return _complete_and_upload(copy, repo_id, remote_code, settings)
+
+
+def _complete_and_upload(folder: Path, repo_id: str, remote_code: bool, settings: dict) -> CommitInfo:
+    """Adds what a published generator has beside a saved one: a card that names its place, and stubs if they are wanted."""
+    check_components(folder)
+    if needs_card(folder):
+        index = read_index(folder)
+        prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
+        base = index["target"].get("base_model")
+        write_card(folder, "generator", base_model=base, prompt=prompt, generator=repo_id)
+    if remote_code:
+        write_stubs(folder)
+    readdress(folder, repo_id, revision=settings.get("revision"))
+    return upload(folder, repo_id, **settings)
 
 
 def _check_finite(pipe) -> None:
