@@ -156,10 +156,12 @@ class ZooTensors:
         draw = random.uniform(self.class_mask.shape[1], purpose=purpose)
         return (draw + (~self.class_mask[tasks])).argsort(1)[:, :most]
 
-    def prompts(self, tasks: Tensor, random: StepRandom, purpose: int = 40) -> Tensor:
+    def prompts(
+        self, tasks: Tensor, random: StepRandom, noise_length: float = PROMPT_NOISE, purpose: int = 40
+    ) -> Tensor:
         """
-        A prompt embedding `(b, E)` of each task: a random point between two of its prompts, with a little noise, so that
-        the space around and between the known phrasings belongs to the task as well.
+        A prompt embedding `(b, E)` of each task: a random point between two of its prompts, with noise of a certain length,
+        so that the space around and between the known phrasings belongs to the task as well.
         """
         pair, mix = random.uniform(2, purpose=purpose), random.uniform(1, purpose=purpose + 1)
         first, second = (
@@ -172,7 +174,7 @@ class ZooTensors:
             for column in pair.mT.tolist()
         )
         mixed = F.normalize(first + mix * (second - first), dim=-1)
-        noise = random.normal(mixed.shape[-1], purpose=purpose + 2) * (PROMPT_NOISE / mixed.shape[-1] ** 0.5)
+        noise = random.normal(mixed.shape[-1], purpose=purpose + 2) * (noise_length / mixed.shape[-1] ** 0.5)
         return F.normalize(mixed + noise, dim=-1)
 
     def other_tasks(self, tasks: Tensor, random: StepRandom, purpose: int = 15) -> Tensor:

@@ -270,7 +270,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
             bf16,
         ),
         vae_settings={"kl_weight": 1e-3},
-        max_train_steps=5000,
+        max_train_steps=8000,
         samples=5,
         name_projection=name_projection(base),
     )
