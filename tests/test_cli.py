@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_weightgen import __version__
 from hf_weightgen.cli import main
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.base_models import MINILM, load_tokenizer
@@ -45,6 +46,16 @@ def run(monkeypatch, capsys):
 def test_help(command, run):
     code, out, _ = run(*command, "--help")
     assert code == 0 and "Usage" in out and "--help" in out
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version")[:2] == (0, f"hf-weightgen {__version__}\n")
+
+
+def test_weights_that_are_kept_nowhere_are_told(generator, run, tmp_path):
+    for arguments, told in (([], True), (["--try", "dull"], False), (["--out", tmp_path / "kept"], False)):
+        code, _, err = run("generate", PROMPT, "--generator", generator, *arguments)
+        assert code == 0 and ("--out DIR saves them" in err) is told
 
 
 def test_a_sentence_gives_labels_for_texts(generator, run):

@@ -128,7 +128,7 @@ def test_several_samples_lie_in_folders(pipe, hub, fresh, elsewhere, base_on_the
     cards = [Path(HfApi().hf_hub_download("acme/loras", n)).read_text() for n in ("README.md", "0001/README.md")]
     assert (
         'PeftModel.from_pretrained(base, "acme/loras", subfolder="0000")' in cards[0]
-        and "2, in the folders" in cards[0]
+        and "holds 2 samples, in the folders 0000 to 0001" in cards[0]
     )
     assert 'PeftModel.from_pretrained(base, "acme/loras", subfolder="0001")' in cards[1]
     name = "base_model.model.classifier.bias"

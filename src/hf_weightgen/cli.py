@@ -27,9 +27,9 @@ Generator = Annotated[str, typer.Option(help="Folder or Hub id of a generator, o
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from importlib.metadata import version
 
-        print(f"hf-weightgen {__version__}")
+        print(f"hf-weightgen {version('hf-weightgen')}")
         raise typer.Exit
 
 

@@ -86,7 +86,7 @@ def test_any_prompt_and_label_make_a_valid_card(tmp_path, text):
     assert sections(tmp_path) == ["Details", "Limits"] and len(re.findall("^```", card.text, re.MULTILINE)) == 2
     tree = ast.parse(card.text.split("```python\n")[1].split("\n```")[0])
     found = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
-    assert ast.literal_eval(found["names"]) == names and len(tree.body) == 8
+    assert ast.literal_eval(found["names"]) == names and len(tree.body) == 9
     assert ast.unparse(found["model"]) == "PeftModel.from_pretrained(base, 'acme/lora', revision='v1')"
     assert all(len(line) < 2_500 for line in card.text.splitlines() if not line.startswith(("names", "Classes")))
 

@@ -275,6 +275,12 @@ def test_ids_that_are_none(hub, folder, repo_id):
         publish(folder, repo_id)
 
 
+def test_an_id_without_a_namespace_is_told_where_it_belongs(hub, folder):
+    with pytest.raises(ValueError, match="'lora' names no namespace; write 'YOUR_NAME/lora'"):
+        publish(folder, "lora")
+    assert not hub.repos
+
+
 @pytest.mark.parametrize("status", [500, 502, 429])
 def test_a_status_once_is_tried_again(hub, folder, status, no_waiting):
     hub.fail("POST", COMMIT, status, headers={"Retry-After": "7"} if status == 429 else {})

@@ -51,6 +51,11 @@ def test_a_model_classifies_strings_by_name(output):
     assert torch.equal(logits(model).argmax(-1), predictions[1])
 
 
+def test_the_same_sample_is_the_same_model_in_every_tensor(output):
+    first, second = output.to_model(0).state_dict(), output.to_model(0).state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_every_sample_is_a_model_of_its_own(output):
     first, second = logits(output.to_model(0)), logits(output.to_model(1))
     assert (first - second).abs().max() > 0.01
@@ -91,6 +96,13 @@ def test_the_card_tells_where_the_weights_come_from(output, tmp_path):
     for told in ("sentiment on SST-2", "bad, good, neither", MINILM, f"seed: {output.seeds[1]}", f"names = {LABELS}"):
         assert told in card.text
     assert str(tmp_path) not in card.text
+
+
+def test_the_card_tells_which_sample_it_is(output, tmp_path):
+    output.command = "make these"
+    for i, folder in enumerate(output.save_pretrained(tmp_path)):
+        assert f"- sample: {i} of 2, counted from 0" in (folder / "README.md").read_text()
+    assert output.select([0, 1]).command == "make these" and output.select([1]).command is None
 
 
 def test_a_saved_folder_loads_without_this_library(output, tmp_path):
