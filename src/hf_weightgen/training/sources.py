@@ -186,7 +186,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
         known,
         thresholds,
         lambda weights, task: digit_accuracy(list(weights), task, "test"),
-        vae_steps=3000,
+        vae_steps=2400,
         max_train_steps=2000,
         # networks of independent seeds: a narrow latent keeps what the functions share, a wide one each network's accidents
         vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0, "kl_weight": 0.4},
