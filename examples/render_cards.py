@@ -49,7 +49,7 @@ def render(out: Path, zoo: Path) -> None:
     readdress(folders["text-adapter"], f"{NAMESPACE}/text-adapter")
 
     network = TargetModel(TargetConfig())
-    size = f"{network.config.input_size}-{network.config.hidden_size}-{network.config.num_classes}"
+    size = "-".join(map(str, (64, network.config.layers[0]["features"], network.config.num_classes)))
     write_card(
         folders["network"],
         "network",

@@ -20,7 +20,7 @@ from hf_weightgen.hub.cards import write_card
 from hf_weightgen.hub.errors import HubError
 from hf_weightgen.hub.publish import publish
 from hf_weightgen.pipelines.output import publish_weights
-from hf_weightgen.targets.architectures import TargetConfig, TargetModel
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import MINILM, load_tokenizer, resolve_base
 from hf_weightgen.zoo.folder import ZooFolder, load_zoo, push_zoo
 from hf_weightgen.zoo.schema import row_to_state_dict
@@ -139,7 +139,7 @@ def test_several_samples_lie_in_folders(pipe, hub, fresh, elsewhere, base_on_the
 
 
 def test_a_network_loads_with_and_without_this_library(hub, fresh, elsewhere, tmp_path):
-    model = TargetModel(TargetConfig(input_size=6, hidden_size=4, num_classes=3, activation="gelu")).eval()
+    model = TargetModel(TargetConfig(input_shape=[6], layers=mlp(4), num_classes=3, activation="gelu")).eval()
     model.save_pretrained(tmp_path / "network")
     write_card(tmp_path / "network", "network", labels=["a", "b", "c"], prompt="which digit")
     publish_weights(tmp_path / "network", "acme/plain")
@@ -222,7 +222,7 @@ def test_a_network_generator_makes_the_round_trip(encoder, hub):
     outputs = [p("which digit is it", generator=random(0)) for p in (pipe, again)]
     outputs[1].push_to_hub("acme/network")
     model = TargetModel.from_pretrained("acme/network").eval()
-    inputs = torch.randn(3, model.config.input_size)
+    inputs = torch.randn(3, *model.config.input_shape)
     torch.testing.assert_close(model(inputs).logits, outputs[0].to_model(0)(inputs).logits, atol=1e-5, rtol=0)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
-from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import MINILM, pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import ZooTensors
@@ -98,7 +98,7 @@ def pipeline(
 
 def network_pipeline(encoder) -> D2NWGPipeline:
     """A generator of multilayer perceptrons with 6 inputs and 5 hidden units, never trained."""
-    settings = {"input_size": 6, "hidden_size": 5}
+    settings = {"input_shape": [6], "layers": mlp(5)}
     networks = [TargetModel(TargetConfig(**settings, num_classes=count)) for count in (2, 3)]
     with torch.no_grad():
         for network in networks:

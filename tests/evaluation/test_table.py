@@ -55,7 +55,7 @@ def rows(seed: int, count: int) -> Dataset:
 
 def data(metric: str = "accuracy", **changes) -> TaskData:
     fields = {"prompts": ("film review", "review"), "held_out_prompts": ("film", "review film")} | changes
-    spec = TaskSpec("films", "tiny/films", ("text",), "label", ("bad", "good"), family="film", metric=metric, **fields)
+    spec = TaskSpec("films", "tiny/films", "label", ("bad", "good"), ("text",), family="film", metric=metric, **fields)
     return TaskData(spec, rows(0, 80), rows(1, 60), rows(2, 150), 0, "content:0")
 
 
@@ -266,7 +266,7 @@ def test_matthews_correlation_and_three_classes():
     assert made["majority"]["mean"] == 0 and made["zoo"]["mean"] > 50
     low, high = made["generated"]["difference"]["ci95"]
     assert low < made["generated"]["difference"]["mean"] < high
-    spec = TaskSpec("topics", "tiny/topics", ("text",), "label", ("bad", "good", "news"), prompts=("sort topics",))
+    spec = TaskSpec("topics", "tiny/topics", "label", ("bad", "good", "news"), ("text",), prompts=("sort topics",))
     three = TaskData(spec, rows(0, 80), rows(1, 60), rows(2, 150), 0, "content:0")
     made = honest_table(generate, predict, three, n=2)
     assert "2 classes, the task has 3" in next(r["note"] for r in made if r["method"] == "generated_swapped")

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_weightgen.pipelines.output import WeightGenOutput
-from hf_weightgen.targets.architectures import TargetConfig, TargetModel
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer, resolve_base
 from hf_weightgen.targets.functional import AdapterTarget
 from hf_weightgen.zoo.recipe import lora_config
@@ -206,7 +206,7 @@ def test_a_base_model_that_does_not_fit_the_adapter_is_named(output):
 @pytest.fixture
 def networks():
     """Two generated networks, as a generator of whole networks returns them."""
-    config = {"input_size": 6, "hidden_size": 4, "activation": "relu"}
+    config = {"input_shape": [6], "layers": mlp(4), "activation": "relu"}
     torch.manual_seed(0)
     models = [TargetModel(TargetConfig(**config, num_classes=count)) for count in (2, 3)]
     return WeightGenOutput(

@@ -121,7 +121,7 @@ def test_weights_lie_in_one_file_alone(saved, name):
         ("vae/config.json", ["auto_map"], {"AutoModel": "modeling.WeightVAE"}),
         ("vae/config.json", ["attn_implementation"], "stranger/kernel"),
         ("vae/config.json", ["noise_scale"], float("nan")),
-        ("model_index.json", ["target"], {"kind": "network", "config": {"input_size": 6, "num_labels": 10**10}}),
+        ("model_index.json", ["target"], {"kind": "network", "config": {"input_shape": [6], "num_labels": 10**10}}),
         ("model_index.json", ["target", "lora", "rank_pattern"], {"(a+)+!": 8}),
         ("model_index.json", ["target", "base_model"], 'x"); print("PWNED") #'),
         ("model_index.json", ["tasks", 0, "name"], "a\n## b"),

@@ -46,8 +46,12 @@ def write(folder: Path, labels: list[str], pair: bool) -> None:
 def tasks(root: Path) -> list[TaskSpec]:
     fields = {"label_column": "label", "test_split": "test", "prompts": ("sentiment of films", "is it good")}
     return [
-        TaskSpec("films", str(root / "films"), ("text",), labels=("bad", "good"), family="film", **fields),
-        TaskSpec("pairs", str(root / "pairs"), ("text", "other"), labels=("good", "bad", "mixed"), **fields),
+        TaskSpec(
+            "films", str(root / "films"), text_columns=("text",), labels=("bad", "good"), family="film", **fields
+        ),
+        TaskSpec(
+            "pairs", str(root / "pairs"), text_columns=("text", "other"), labels=("good", "bad", "mixed"), **fields
+        ),
     ]
 
 

@@ -216,8 +216,8 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
                 )
             LoraConfig(**lora)
         case {"kind": "network", "config": {**settings}}:
-            known = {"input_size", "hidden_size", "activation"}
-            if settings.keys() - known or any(isinstance(v, int) and v > LARGEST_SETTING for v in settings.values()):
+            known = {"input_shape", "layers", "activation"}
+            if settings.keys() - known:
                 raise ValueError(f"`target` {str(target)[:200]} describes no network of {sorted(known)}.")
             TargetConfig(**settings, num_classes=2)
         case _:

@@ -1,14 +1,20 @@
-"""Small networks that receive generated weights as a whole, as `PreTrainedModel`s.
+"""Networks that receive generated weights as a whole, as `PreTrainedModel`s: a list of layers says what they are.
 
 This file imports nothing of the package: published beside weights as `modeling_target.py`, it is all that
 `AutoModel.from_pretrained(id, trust_remote_code=True)` needs.
 
-Notation: n examples, F input features, H hidden units, C classes.
+References: the Tiny Model Zoo's networks (https://huggingface.co/papers/2209.14764); LeNet-5; ResNets for CIFAR with
+parameter-free shortcuts (https://huggingface.co/papers/1512.03385, section 4.2).
+
+Notation: n examples, C channels or input features, H x W pixels.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -17,41 +23,145 @@ from transformers.utils import ModelOutput
 
 
 ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "sigmoid", "elu", "leaky_relu")
+ACTIVATION = {"kind": "activation"}
+HEAD = ("head.weight", "head.bias")
+KINDS = {  # kind of layer -> the settings that it needs
+    "conv": {"name", "channels", "kernel"},
+    "norm": {"name"},
+    "linear": {"name", "features"},
+    "activation": set(),
+    "max_pool": set(),
+    "mean_pool": set(),
+    "flatten": set(),
+    "residual": {"layers", "channels"},
+}
+SIZES = {"channels", "features", "kernel", "stride"}
+LARGEST, MOST_LAYERS = 1_000_000, 1_000  # of the sizes and the layers of a network: a config may come from a stranger
+NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+ALSO = {"conv": {"stride", "padding", "bias"}, "residual": {"stride"}}  # and those that it may have
 
 
 @strict
 class TargetConfig(PreTrainedConfig):
     r"""
-    A multilayer perceptron with one hidden layer.
-
     Args:
-        input_size: F.
-        hidden_size: H.
-        num_classes: C. (`num_labels` and `id2label` follow from it unless given.)
+        input_shape: `[C]`, or `[C, H, W]` of images.
+        layers:
+            From input to output, each a mapping with its `kind`: `conv` (`name`, `channels`, `kernel`; `stride` 1,
+            `padding` 0, `bias` true), `norm` (`name`), `linear` (`name`, `features`), `activation`, `max_pool` (of 2 x 2),
+            `mean_pool` (over all pixels), `flatten`, or `residual` (`layers`, `channels`, `stride`), whose shortcut skips
+            pixels and pads channels with zeros. A `linear` layer named `head` with `num_classes` features follows them.
+        num_classes: Features of the head. (`num_labels` and `id2label` follow from it unless given.)
         activation: One of [`ACTIVATIONS`].
 
     Raises:
-        ValueError: If the activation is none of them.
+        ValueError: If a layer is none of these, or the activation is unknown.
     """
 
     model_type = "weightgen_target"
 
-    input_size: int = 64
-    hidden_size: int = 16
+    input_shape: list[int] | tuple[int, ...] = (64,)
+    layers: list[dict] | tuple[dict, ...] = (
+        {"kind": "linear", "name": "hidden", "features": 16},
+        {"kind": "activation"},
+    )
     num_classes: int = 10
     activation: str = "tanh"
+
+    @property
+    def network(self) -> list[dict]:
+        """All layers, with the head."""
+        return [*self.layers, {"kind": "linear", "name": "head", "features": self.num_classes}]
 
     def __post_init__(self, **kwargs):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}.")
+        shape = self.input_shape
+        if len(shape) not in (1, 3) or not all(_is_size(size) for size in shape):
+            raise ValueError(f"`input_shape` must be [features] or [channels, height, width], got {shape}.")
+        names = [*_check_layers(self.layers), "head"]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or len(names) > MOST_LAYERS:
+            told = (
+                f"names {twice[0]!r} twice" if twice else f"has {len(names)} of them, at most {MOST_LAYERS} are known"
+            )
+            raise ValueError(f"`layers` {told}.")
         if "id2label" not in kwargs and "num_labels" not in kwargs:
             kwargs["num_labels"] = self.num_classes
         super().__post_init__(**kwargs)
 
 
+def _is_size(value: object, least: int = 1) -> bool:
+    return type(value) is int and least <= value <= LARGEST
+
+
+def _check_layers(layers: Sequence[dict]) -> list[str]:
+    """The names of layers, if they are layers."""
+    names = []
+    for layer in layers:
+        kind = layer.get("kind") if isinstance(layer, dict) else layer
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"A layer's `kind` must be one of {list(KINDS)}, got {kind!r}.")
+        known = KINDS[kind] | ALSO.get(kind, set())
+        unknown, missing = sorted(layer.keys() - known - {"kind"}), sorted(KINDS[kind] - layer.keys())
+        if unknown:
+            raise ValueError(f"A {kind!r} layer has no setting {unknown[0]!r}; it has {sorted(known)}.")
+        if missing:
+            raise ValueError(f"A {kind!r} layer needs the setting {missing[0]!r}, got {layer}.")
+        wrong = [name for name in sorted(SIZES & layer.keys()) if not _is_size(layer[name])]
+        if wrong or not _is_size(layer.get("padding", 0), 0):
+            name = (wrong or ["padding"])[0]
+            raise ValueError(
+                f"{name!r} of a {kind!r} layer must be a whole number up to {LARGEST:,}, got {layer[name]!r}."
+            )
+        if "name" in layer:
+            if not isinstance(layer["name"], str) or not NAME.fullmatch(layer["name"]):
+                raise ValueError(
+                    f"A layer's name must be that of a module, such as 'layer1.0.conv1', got {layer['name']!r}."
+                )
+            names.append(layer["name"])
+        names += _check_layers(layer.get("layers", ()))
+    return names
+
+
+def shape_after(layer: dict, shape: Sequence[int]) -> list[int]:
+    """What a layer hands on, given what it gets: `[C]` or `[C, H, W]`."""
+    match layer["kind"]:
+        case "conv":
+            k, s, p = convolution(layer).values()
+            return [layer["channels"], *((size + 2 * p - k) // s + 1 for size in shape[1:])]
+        case "linear":
+            return [layer["features"]]
+        case "max_pool":
+            return [shape[0], *(size // 2 for size in shape[1:])]
+        case "mean_pool":
+            return [shape[0]]
+        case "flatten":
+            return [math.prod(shape)]
+        case "residual":
+            for inner in layer["layers"]:
+                shape = shape_after(inner, shape)
+    return list(shape)
+
+
+def convolution(layer: dict) -> dict[str, int]:
+    """Kernel size, stride and padding of a convolution."""
+    return {"kernel_size": layer["kernel"], "stride": layer.get("stride", 1), "padding": layer.get("padding", 0)}
+
+
+def shortcut(layer: dict, x: Tensor) -> Tensor:
+    """Of a residual layer, for `x` (n, C, H, W, ...): every `stride`-th pixel, channels padded with zeros on both sides."""
+    stride, more = layer.get("stride", 1), layer["channels"] - x.shape[1]
+    x = x[:, :, ::stride, ::stride]
+    if not more:
+        return x
+    zeros = x.new_zeros(x.shape[0], more // 2, *x.shape[2:])
+    return torch.cat([zeros, x, zeros], 1)
+
+
 @dataclass
 class TargetOutput(ModelOutput):
-    """`loss`, present with labels, and `logits` `(n, C)`."""
+    """`loss`, present with labels, and `logits` `(n, num_classes)`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -63,37 +173,135 @@ class TargetModel(PreTrainedModel):
 
     def __init__(self, config: TargetConfig):
         super().__init__(config)
-        self.hidden = nn.Linear(config.input_size, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.num_classes)
+        self._add(config.network, config.input_shape)
         self.post_init()
+
+    def _add(self, layers: Sequence[dict], shape: Sequence[int]) -> None:
+        for layer in layers:
+            match layer["kind"]:
+                case "conv":
+                    module = nn.Conv2d(shape[0], layer["channels"], **convolution(layer), bias=layer.get("bias", True))
+                case "norm":
+                    module = nn.BatchNorm2d(shape[0])
+                case "linear":
+                    module = nn.Linear(math.prod(shape), layer["features"])
+                case _:
+                    module = None
+                    self._add(layer.get("layers", ()), shape)
+            if module is not None:
+                *path, last = layer["name"].split(".")
+                place = self
+                for name in path:
+                    if not hasattr(place, name):
+                        place.add_module(name, nn.Module())
+                    place = getattr(place, name)
+                place.add_module(last, module)
+            shape = shape_after(layer, shape)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch initialises them."""
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> TargetOutput:
         """
         Args:
-            inputs (`torch.FloatTensor` of shape `(n, F)`).
+            inputs (`torch.FloatTensor` of shape `(n, *input_shape)`).
             labels (`torch.LongTensor` of shape `(n,)`, *optional*).
         """
-        activation = getattr(F, self.config.activation)
-        logits = self.head(activation(self.hidden(inputs)))
+        logits = self._run(self.config.network, inputs)
         return TargetOutput(F.cross_entropy(logits, labels) if labels is not None else None, logits)
+
+    def _run(self, layers: Sequence[dict], x: Tensor) -> Tensor:
+        activation = getattr(F, self.config.activation)
+        for layer in layers:
+            match layer["kind"]:
+                case "conv" | "norm":
+                    x = self.get_submodule(layer["name"])(x)
+                case "linear":
+                    x = self.get_submodule(layer["name"])(x.flatten(1))
+                case "activation":
+                    x = activation(x)
+                case "max_pool":
+                    x = F.max_pool2d(x, 2)
+                case "mean_pool":
+                    x = x.mean((2, 3))
+                case "flatten":
+                    x = x.flatten(1)
+                case "residual":
+                    x = activation(self._run(layer["layers"], x) + shortcut(layer, x))
+        return x
 
 
 AutoConfig.register(TargetConfig.model_type, TargetConfig, exist_ok=True)
 AutoModel.register(TargetConfig, TargetModel, exist_ok=True)
 
-HEAD = ("head.weight", "head.bias")
+
+def mlp(*hidden: int) -> list[dict]:
+    """Linear layers with these many units, each with its activation; none is a linear classifier."""
+    names = ["hidden"] if len(hidden) == 1 else [f"hidden{i}" for i in range(1, len(hidden) + 1)]
+    layers = [{"kind": "linear", "name": name, "features": size} for name, size in zip(names, hidden, strict=True)]
+    return [part for layer in layers for part in (layer, ACTIVATION)]
 
 
-def mlp_logits(params: Sequence[Tensor] | dict[str, Tensor], inputs: Tensor, activation: str = "tanh") -> Tensor:
+def cnn(channels: Sequence[int], kernels: Sequence[int], pooled: Sequence[bool], hidden: Sequence[int]) -> list[dict]:
+    """Convolutions, each with or without pooling in front of its activation, and an [`mlp`] of the pixels that are left."""
+    layers = []
+    for i, (size, kernel, pool) in enumerate(zip(channels, kernels, pooled, strict=True), start=1):
+        layers.append({"kind": "conv", "name": f"conv{i}", "channels": size, "kernel": kernel})
+        layers += [{"kind": "max_pool"}] * pool + [ACTIVATION]
+    return [*layers, {"kind": "flatten"}, *mlp(*hidden)]
+
+
+def resnet(depth: int) -> list[dict]:
+    """A ResNet for CIFAR of `6 n + 2` layers."""
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"A ResNet for CIFAR has 6 n + 2 layers, such as 20, 32, 44 or 56, got {depth}.")
+
+    def block(name: str, channels: int, stride: int) -> dict:
+        inner = []
+        for i, step in ((1, stride), (2, 1)):
+            conv = {"kind": "conv", "name": f"{name}.conv{i}", "channels": channels, "kernel": 3, "padding": 1}
+            inner += [conv | {"stride": step, "bias": False}, {"kind": "norm", "name": f"{name}.bn{i}"}]
+            inner += [ACTIVATION] if i == 1 else []
+        return {"kind": "residual", "layers": inner, "channels": channels, "stride": stride}
+
+    first = {"kind": "conv", "name": "conv1", "channels": 16, "kernel": 3, "padding": 1, "bias": False}
+    blocks = [
+        block(f"layer{stage}.{i}", 8 * 2**stage, 2 if stage > 1 and i == 0 else 1)
+        for stage in (1, 2, 3)
+        for i in range((depth - 2) // 6)
+    ]
+    return [first, {"kind": "norm", "name": "bn1"}, ACTIVATION, *blocks, {"kind": "mean_pool"}]
+
+
+# name -> layers, activation, and the sides of its images
+NAMED = {
+    "tiny-cnn": (cnn((8, 6, 4), (5, 5, 2), (True, True, False), (20,)), "tanh", 28),  # Tiny Model Zoo: 2,464 weights
+    "cnn2": (cnn((16, 32), (3, 3), (True, True), (20,)), "relu", 32),
+    "cnn3": (
+        cnn((16, 32, 15), (3, 3, 3), (True, True, True), (20,)),
+        "gelu",
+        32,
+    ),  # Tiny Model Zoo's large one: 10,853
+    "lenet": (cnn((6, 16), (5, 5), (True, True), (120, 84)), "relu", 32),
+}
+
+
+def architecture(name: str, num_classes: int = 10, channels: int = 3, **settings) -> TargetConfig:
     """
-    Logits of N networks at once.
+    The configuration of a network by its name: `tiny-cnn`, `cnn2`, `cnn3`, `lenet`, or `resnetN` with N = 20, 32, 44, 56, ...
 
     Args:
-        params: `{"hidden.weight": (N, H, F), "hidden.bias": (N, H), "head.weight": (N, C, H), "head.bias": (N, C)}`.
-        inputs (`torch.FloatTensor` of shape `(n, F)`, or `(N, n, F)` with inputs for each network).
+        channels: Of the images.
+        settings: Override what the name stands for, such as `activation`.
 
-    Returns:
-        `torch.FloatTensor` of shape `(N, n, C)`.
+    Raises:
+        ValueError: If there is no network of this name.
     """
-    hidden = getattr(F, activation)(inputs @ params["hidden.weight"].mT + params["hidden.bias"][:, None])
-    return hidden @ params["head.weight"].mT + params["head.bias"][:, None]
+    found = re.fullmatch(r"resnet(\d+)", name)
+    if found is None and name not in NAMED:
+        raise ValueError(f"There is no architecture {name!r}; choose one of {[*NAMED, 'resnet20']}.")
+    layers, activation, side = (resnet(int(found[1])), "relu", 32) if found else NAMED[name]
+    settings = {"input_shape": [channels, side, side], "layers": layers, "activation": activation} | settings
+    return TargetConfig(num_classes=num_classes, **settings)

@@ -17,19 +17,21 @@ METRICS = ("accuracy", "matthews_correlation")
 @dataclass(frozen=True)
 class TaskSpec:
     """
-    One single-label classification task over a text or a pair of texts.
+    One single-label classification task over a text, a pair of texts, or an image.
 
     Args:
         name (`str`):
             Short name, unique among the known tasks.
         dataset_id (`str`):
             Id of the dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
-        text_columns (`tuple[str, ...]`):
-            One column, or two for a pair task, in the order in which they are tokenized.
         label_column (`str`):
             Column of the class: an id, a name out of `labels`, or a list of them (rows with exactly one are used).
         labels (`tuple[str, ...]`):
             Class names for people and text encoders, in the order of the class ids.
+        text_columns (`tuple[str, ...]`):
+            One column, or two for a pair task, in the order in which they are tokenized.
+        image_column (`str`, *optional*):
+            Column of the images of a task without texts.
         aliases (`tuple[tuple[str, ...], ...]`):
             Other wordings of all of `labels`, each in the same order, as users might name the classes.
         config (`str`, *optional*):
@@ -56,9 +58,10 @@ class TaskSpec:
 
     name: str
     dataset_id: str
-    text_columns: tuple[str, ...]
     label_column: str
     labels: tuple[str, ...]
+    text_columns: tuple[str, ...] = ()
+    image_column: str | None = None
     aliases: tuple[tuple[str, ...], ...] = ()
     config: str | None = None
     revision: str | None = None
@@ -72,7 +75,7 @@ class TaskSpec:
     def __post_init__(self):
         for field in ("name", "dataset_id", "label_column", "family", "train_split"):
             self._check_text(field, getattr(self, field))
-        for field in ("config", "revision", "test_split"):
+        for field in ("config", "revision", "test_split", "image_column"):
             if getattr(self, field) is not None:
                 self._check_text(field, getattr(self, field))
         for field in ("text_columns", "labels", "prompts", "held_out_prompts"):
@@ -95,9 +98,11 @@ class TaskSpec:
                 )
             for value in wording:
                 self._check_text("aliases", value)
-        if len(self.text_columns) not in (1, 2):
+        if self.image_column is not None and self.text_columns:
+            raise ValueError(f"Task {self.name!r}: set `image_column` or `text_columns`, not both.")
+        if self.image_column is None and len(self.text_columns) not in (1, 2):
             raise ValueError(
-                f"Task {self.name!r}: `text_columns` must name one column, or two for a pair task, "
+                f"Task {self.name!r}: `text_columns` must name one column, or two for a pair task (and `image_column` one), "
                 f"got {len(self.text_columns)}: {list(self.text_columns)}."
             )
         if len(self.labels) < 2:
@@ -135,11 +140,12 @@ def get_task(name: str) -> TaskSpec:
     Raises:
         ValueError: If no bundled task has that name; the message lists the nearest ones.
     """
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(str(name).lower(), TASKS, n=3, cutoff=0.4)
+    known = TASKS | IMAGE_TASKS
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.4)
     raise ValueError(
-        f"Unknown task {name!r}. {'Nearest known: ' + ', '.join(near) if near else 'Known: ' + ', '.join(TASKS)}. "
+        f"Unknown task {name!r}. {'Nearest known: ' + ', '.join(near) if near else 'Known: ' + ', '.join(known)}. "
         "For a task of your own, write its fields into a JSON file and read it with `load_task_spec(path)`."
     )
 
@@ -180,10 +186,11 @@ def _to_spec(entry, where: str) -> TaskSpec:
     return TaskSpec(**entry)
 
 
-def _read_bundled() -> dict[str, TaskSpec]:
-    entries = json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))
-    specs = [_to_spec(entry, where=f"tasks.json, entry {i}") for i, entry in enumerate(entries)]
+def _read_bundled(file: str) -> dict[str, TaskSpec]:
+    entries = json.loads(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+    specs = [_to_spec(entry, where=f"{file}, entry {i}") for i, entry in enumerate(entries)]
     return {spec.name: spec for spec in specs}
 
 
-TASKS: dict[str, TaskSpec] = _read_bundled()
+TASKS: dict[str, TaskSpec] = _read_bundled("tasks.json")
+IMAGE_TASKS: dict[str, TaskSpec] = _read_bundled("image_tasks.json")

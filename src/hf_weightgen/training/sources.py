@@ -11,14 +11,15 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..models.modeling_weight_vae import WeightVAE
-from ..targets.architectures import HEAD, mlp_logits
+from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
+from ..targets.stacked import images_last, stacked_logits
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
 from ..zoo.build import training_pool
-from ..zoo.digits import ACTIVATION, HIDDEN, TASKS, build_digit_zoo, digit_accuracy, digit_images
+from ..zoo.digits import CONFIG, NETWORK, TASKS, build_digit_zoo, digit_accuracy, digit_images
 from ..zoo.folder import load_zoo
 from ..zoo.recipe import WIDE_TASK, config_of, lora_config, lora_settings
 from ..zoo.schema import zoo_state_dicts
@@ -163,7 +164,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     decoders = {classes: BatchDecoder(tokenizer, classes) for classes in counts.unique().tolist()}
 
     def logits(tokens: Tensor, classes: int, probe: Tensor) -> Tensor:
-        return mlp_logits(decoders[classes](tokens), probe, ACTIVATION).log_softmax(-1)
+        return stacked_logits(CONFIG, decoders[classes](tokens), images_last(probe)).log_softmax(-1)
 
     def function_loss(tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """KL divergence of decoded from original networks on random training images."""
@@ -182,7 +183,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
         train,
         parts["held_out"],
         [torch.nonzero(train.task_of == t).flatten().tolist() for t in range(len(train.tasks))],
-        {"kind": "network", "config": {"input_size": 64, "hidden_size": HIDDEN, "activation": ACTIVATION}},
+        {"kind": "network", "config": NETWORK},
         known,
         thresholds,
         lambda weights, task: digit_accuracy(list(weights), task, "test"),

@@ -21,7 +21,16 @@ from ..targets.base_models import load_classifier, load_encoder, load_tokenizer
 from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
 from ..targets.tasks import TaskSpec
 from .folder import ZooFolder
-from .recipe import ZooConfig, arch_of, check_same_config, lora_config, provenance_of, seed_of, write_config
+from .recipe import (
+    ZooConfig,
+    arch_of,
+    check_same_config,
+    hyper_parameters,
+    lora_config,
+    provenance_of,
+    seed_of,
+    write_config,
+)
 from .schema import make_row, row_to_state_dict
 from .start import BASE, base_row, head_of_names
 from .tasks import TEST_LIMIT, VALIDATION_LIMIT, TaskData, evaluation_subset, load_tasks
@@ -51,9 +60,9 @@ def build_zoo(
     folder, config = ZooFolder(folder), config or ZooConfig()
     for spec in specs:
         _checkpoint_steps(spec, config)
-    check_same_config(Path(folder.path), config)
+    check_same_config(folder.path, hyper_parameters(config))
     data = load_tasks([*specs, *base_only], data_root)
-    write_config(Path(folder.path), config)
+    write_config(folder.path, hyper_parameters(config))
     encoder, tokenizer = load_encoder(config.base_model), load_tokenizer(config.base_model)
     target = AdapterTarget(load_classifier(config.base_model, num_labels=2), lora_config())
     done = folder.finished()

@@ -15,12 +15,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..targets.architectures import mlp_logits
+from ..targets.architectures import TargetConfig, mlp
+from ..targets.stacked import images_last, stack, stacked_logits
 from ..weights.permutation import align, mlp_spec
 
 
 HIDDEN = 16
-ACTIVATION = "relu"
+NETWORK = {"input_shape": [64], "layers": mlp(HIDDEN), "activation": "relu"}
+CONFIG = TargetConfig(**NETWORK)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -84,7 +86,7 @@ def build_digit_zoo(networks: int = 1024, steps: int = 300, seed: int = 0, progr
             batch = torch.randint(
                 len(digits), (networks, 64), generator=generator
             )  # every network reads its own images
-            logits = mlp_logits(params, images[batch], ACTIVATION)
+            logits = stacked_logits(CONFIG, params, images_last(images[batch]))
             loss = F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), reduction="sum") / 64
             optimizer.zero_grad()
             loss.backward()
@@ -105,5 +107,5 @@ def digit_accuracy(state_dicts: list[dict[str, Tensor]], task: str, split: str) 
     """Accuracy of N networks for a task on a split of the images: `(N,)` in [0, 1]."""
     images, digits = digit_images()[split]
     classes = torch.tensor(next(t for t in TASKS if t.name == task).class_of)[digits]
-    params = {name: torch.stack([sd[name] for sd in state_dicts]) for name in state_dicts[0]}
-    return (mlp_logits(params, images, ACTIVATION).argmax(-1) == classes).double().mean(1)
+    logits = stacked_logits(CONFIG, stack(state_dicts), images_last(images[None]))
+    return (logits.argmax(-1) == classes).double().mean(1)

@@ -125,9 +125,9 @@ def config_of(provenance: Mapping) -> ZooConfig:
     return ZooConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
-def check_same_config(path: Path, config: ZooConfig) -> None:
-    """A zoo is one configuration: later calls must bring the one of the first."""
-    file, wanted = path / CONFIG, hyper_parameters(config)
+def check_same_config(path: Path, wanted: Mapping) -> None:
+    """A zoo is one configuration, told as JSON: later calls must bring the one of the first."""
+    file = path / CONFIG
     if not file.exists():
         return
     found = json.loads(file.read_text())
@@ -140,12 +140,12 @@ def check_same_config(path: Path, config: ZooConfig) -> None:
         )
 
 
-def write_config(path: Path, config: ZooConfig) -> None:
+def write_config(path: Path, settings: Mapping) -> None:
     if (path / CONFIG).exists():
         return
     path.mkdir(parents=True, exist_ok=True)
     temporary = (path / CONFIG).with_suffix(".tmp")
-    temporary.write_text(json.dumps(hyper_parameters(config), indent=2, sort_keys=True))
+    temporary.write_text(json.dumps(settings, indent=2, sort_keys=True))
     temporary.replace(path / CONFIG)
 
 

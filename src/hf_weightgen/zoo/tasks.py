@@ -102,6 +102,9 @@ def load_tasks(
             without rows. Both name the task and what to do.
     """
     specs = list(specs)
+    for spec in specs:
+        if spec.image_column is not None:
+            raise ValueError(f"Task {spec.name!r} has images, not texts; see `load_images`.")
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
@@ -213,7 +216,7 @@ def _to_dataset(spec: TaskSpec, rows: _Rows) -> Dataset:
 
 def _read(spec: TaskSpec, data_root, cache) -> tuple[_Rows, _Rows | None, str]:
     """Usable rows of the train split and of the test split (`None` if the spec has none), and the data revision."""
-    splits, commit = _open(spec, data_root, cache)
+    splits, commit = open_dataset(spec, data_root, cache)
     read = []
     for split in filter(None, (spec.train_split, spec.test_split)):
         if split not in splits:
@@ -227,8 +230,8 @@ def _read(spec: TaskSpec, data_root, cache) -> tuple[_Rows, _Rows | None, str]:
     return read[0], read[1] if len(read) > 1 else None, revision
 
 
-def _open(spec: TaskSpec, data_root, cache) -> tuple[DatasetDict, str | None]:
-    """All splits of the dataset, and its commit on the Hub if it came from there."""
+def open_dataset(spec: TaskSpec, data_root, cache=None) -> tuple[DatasetDict, str | None]:
+    """All splits of the dataset, and its commit on the Hub if it came from there; see [`load_tasks`]."""
     source, revision = spec.dataset_id, spec.revision
     if data_root is not None and (Path(data_root) / source).is_dir():
         source, revision = str(Path(data_root) / source), None

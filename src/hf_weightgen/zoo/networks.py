@@ -1,0 +1,115 @@
+"""Trains K networks of one architecture at once: parameters equal those of K trainings, one after the other.
+
+Optimisers of torch work element by element, so that one optimiser over stacked parameters is K optimisers (those that
+look at a whole tensor, as LBFGS does, are not).
+
+Notation used for shapes: K networks, N examples of the training set, b of a batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..targets.architectures import TargetConfig, TargetModel
+from ..targets.stacked import images_last, stack, stacked_logits
+
+
+INITS = {  # of weights; biases are set apart
+    "uniform": lambda tensor, generator: tensor.uniform_(generator=generator),  # U(0, 1), as the Tiny Model Zoo has it
+    "kaiming_uniform": lambda tensor, generator: torch.nn.init.kaiming_uniform_(tensor, generator=generator),
+    "default": lambda tensor, generator: torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator),
+}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def initial(config: TargetConfig, seeds: list[int], init: str = "default", bias: float = 0.0) -> dict[str, Tensor]:
+    """
+    Stacked parameters of one new network per seed.
+
+    Args:
+        init: Of the weights of convolutions and linear layers, one of [`INITS`]; batch normalisation starts as in torch.
+        bias: Value of all of their biases.
+    """
+    if init not in INITS:
+        raise ValueError(f"`init` must be one of {list(INITS)}, got {init!r}.")
+    with torch.random.fork_rng(devices=[]):
+        template = TargetModel(config).state_dict()
+    networks = []
+    for seed in seeds:
+        generator, network = torch.Generator().manual_seed(seed), {}
+        for name, tensor in template.items():
+            network[name] = tensor.clone()
+            if tensor.dim() > 1:
+                INITS[init](network[name], generator)
+            elif name.endswith(".bias") and f"{name.removesuffix('bias')}running_mean" not in template:
+                network[name].fill_(bias)
+        networks.append(network)
+    return stack(networks)
+
+
+def train_networks(
+    config: TargetConfig,
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    make_optimizer: Callable[[list[Tensor]], Optimizer],
+    *,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
+    at_once: int = 16,
+) -> Iterator[dict[str, Tensor]]:
+    """
+    Trains on batches in random order, the last incomplete one left out; the schedule moves after each batch.
+
+    Args:
+        params: Stacked, see [`initial`]; they are trained in place.
+        inputs (`torch.FloatTensor` of shape `(N, *input_shape)`, or `(K, N, *input_shape)` with data for each network).
+        labels (`torch.LongTensor` of shape `(N,)` or `(K, N)`).
+        generator: Draws the order, which all networks share.
+        on_step: Called with the losses `(K,)` of each step.
+        at_once: Networks whose activations are in memory together; the fastest is what the caches hold.
+
+    Yields:
+        The stacked parameters after each epoch; what is kept of them must be copied.
+    """
+    own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
+    rows = inputs.shape[own]
+    if rows < batch_size:
+        raise ValueError(f"A batch of {batch_size} examples needs as many in `inputs`, got {rows}.")
+    inputs, labels = (inputs, labels) if own else (inputs[None], labels[None])
+    running = {name: tensor for name, tensor in params.items() if name.endswith(BUFFERS)}
+    trained = [tensor.requires_grad_() for name, tensor in params.items() if name not in running]
+    optimizer = make_optimizer(trained)
+    scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
+    for _ in range(epochs):
+        for batch in torch.randperm(rows, generator=generator)[: rows // batch_size * batch_size].split(batch_size):
+            read, target = images_last(inputs[:, batch]), labels[:, batch].expand(K, -1)
+            optimizer.zero_grad()
+            losses = []
+            for part in torch.arange(K).split(at_once):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                own_params, own_running = ({name: t[part] for name, t in many.items()} for many in (params, running))
+                logits = stacked_logits(config, own_params, read[part] if own else read, own_running)  # (k, b, C)
+                losses.append(F.cross_entropy(logits.mT, target[part], reduction="none").mean(1))
+                losses[-1].sum().backward()
+            losses = torch.cat(losses).detach()  # (K,)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            if on_step is not None:
+                on_step(losses)
+        yield {name: tensor.detach() for name, tensor in params.items()}
+
+
+@torch.no_grad()
+def predict_networks(config: TargetConfig, params: Mapping[str, Tensor], inputs: Tensor, chunk: int = 256) -> Tensor:
+    """Class predictions `(K, n)` of K networks for inputs `(n, *input_shape)`, `chunk` of them at a time."""
+    parts = (images_last(part[None]) for part in inputs.split(chunk))
+    return torch.cat([stacked_logits(config, params, part).argmax(-1) for part in parts], 1)

@@ -1,0 +1,27 @@
+"""Small image datasets for tests, written as the Hub keeps them."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from hf_weightgen.targets.tasks import TaskSpec
+
+
+def images(count: int, seed: int, mode: str = "L", side: int = 8) -> list[Image.Image]:
+    draw = np.random.default_rng(seed)
+    shape = (count, side, side) if mode == "L" else (count, side, side, 3)
+    return [Image.fromarray(pixels, mode) for pixels in draw.integers(0, 256, shape, dtype=np.uint8)]
+
+
+def write(folder: Path, **splits: list[Image.Image]) -> TaskSpec:
+    """A dataset in Parquet with two classes in turn, and its spec."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["dark", "light"])})
+    for split, pictures in splits.items():
+        columns = {"image": pictures, "label": [i % 2 for i in range(len(pictures))]}
+        folder.mkdir(exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-0.parquet")
+    test = "test" if "test" in splits else None
+    return TaskSpec(folder.name, str(folder), "label", ("dark", "light"), image_column="image", test_split=test)

@@ -1,0 +1,86 @@
+"""A zoo of small networks: resumable, alike however its groups are shared, and its rows are networks that work."""
+
+import pytest
+import torch
+
+from hf_weightgen.targets import architectures
+from hf_weightgen.targets.architectures import TargetModel
+from hf_weightgen.zoo import build_networks
+from hf_weightgen.zoo.build_networks import NetworkZooConfig, Protocol, build_network_zoo, network_of
+from hf_weightgen.zoo.folder import ZooFolder, load_zoo
+from hf_weightgen.zoo.images import load_images
+from hf_weightgen.zoo.schema import row_to_state_dict
+from pictures import images, write
+
+
+CONFIG = NetworkZooConfig(
+    architecture="small", seeds=5, held_out=1, epochs=3, keep=2, batch_size=8, group=2
+)  # groups of 2, 2 and 1
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    """Dark and light images, and a protocol and a small architecture for them."""
+    pictures = images(96, 0)
+    pictures = [
+        p.point(lambda v: v // 2) if i % 2 == 0 else p.point(lambda v: 128 + v // 2) for i, p in enumerate(pictures)
+    ]
+    monkeypatch.setitem(build_networks.PROTOCOLS, "task", Protocol("relu", "default", 1e-2))
+    layers = architectures.cnn((3,), (3,), (True,), (6,))
+    monkeypatch.setitem(architectures.NAMED, "small", (layers, "tanh", 8))
+    return write(tmp_path / "task", train=pictures[:80], test=pictures[80:])
+
+
+def test_rows_are_networks_with_the_accuracy_that_they_tell(spec, tmp_path):
+    zoo = build_network_zoo([spec], tmp_path / "zoo", CONFIG, progress=False)
+    rows, data = load_zoo(zoo.path), load_images([spec])["task"]
+    assert zoo.finished() == {f"task-s{seed}-e{epoch}" for seed in range(5) for epoch in (2, 3)}
+    assert {row["seed"] for row in rows if row["split"] == "held_out"} == {4}
+    config = network_of(spec, 1, CONFIG)
+    for row in rows:
+        model = TargetModel(config).eval()
+        model.load_state_dict(row_to_state_dict(row))
+        for part in ("validation", "test"):
+            images_of = getattr(data, part)
+            right = model(data.inputs(images_of)).logits.argmax(-1) == images_of.labels
+            assert row["metrics"][part] == right.double().mean().item()
+        assert row["arch"] == {"name": "small", "activation": "relu", "input_shape": [1, 8, 8]}
+        assert row["provenance"]["data_revision"] == data.data_revision
+    last = [row["metrics"]["test"] for row in rows if row["epoch"] == 3]
+    assert sum(last) / len(last) > 0.8
+
+
+def test_a_restart_trains_what_is_missing_and_nothing_else(spec, tmp_path, monkeypatch):
+    whole = build_network_zoo([spec], tmp_path / "whole", CONFIG, progress=False)
+    trained = []
+
+    def killed(data, seeds, *arguments):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(seeds)
+        return build_networks_group(data, seeds, *arguments)
+
+    build_networks_group = build_networks.train_group
+    monkeypatch.setattr(build_networks, "train_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_network_zoo([spec], tmp_path / "zoo", CONFIG, progress=False)
+    assert len(ZooFolder(tmp_path / "zoo").finished()) == 4
+    trained.clear()
+    monkeypatch.setattr(build_networks, "train_group", lambda *a: trained.append(a[1]) or build_networks_group(*a))
+    zoo = build_network_zoo([spec], tmp_path / "zoo", CONFIG, progress=False)
+    assert trained == [[2, 3], [4]]
+    for row_id in whole.finished():
+        first, second = (row_to_state_dict(folder.row(row_id)) for folder in (whole, zoo))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_faults_are_told_before_training(spec, tmp_path):
+    build_network_zoo([spec], tmp_path / "zoo", NetworkZooConfig("small", 1, 0, 1, 8, 1, 1), progress=False)
+    with pytest.raises(ValueError, match="was started with `.*` = .*, now .* is asked for"):
+        build_network_zoo([spec], tmp_path / "zoo", CONFIG, progress=False)
+    with pytest.raises(ValueError, match="`keep` must be 1 to 3 epochs, got 4"):
+        build_network_zoo([spec], tmp_path / "new", NetworkZooConfig(epochs=3, keep=4), progress=False)
+    other = write(tmp_path / "other", train=images(30, 1), test=images(9, 2))
+    with pytest.raises(ValueError, match="'other' has no protocol; there are .*'mnist'"):
+        build_network_zoo([other], tmp_path / "new", CONFIG, progress=False)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,121 @@
+"""K networks trained at once are the K networks that each alone would have become."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR
+
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture, mlp
+from hf_weightgen.targets.stacked import unstack
+from hf_weightgen.zoo.networks import INITS, initial, predict_networks, train_networks
+from tiny import random
+
+
+SEEDS, STEPS, BATCH = [3, 4, 5], 50, 8
+CONFIGS = {
+    "tiny-cnn": architecture("tiny-cnn", channels=1),
+    "resnet8": architecture("resnet8", input_shape=[3, 8, 8]),
+    "mlp": TargetConfig(input_shape=[6], layers=mlp(5), num_classes=3),
+}
+OPTIMIZERS = {
+    "adam": (lambda params: Adam(params, lr=3e-3), None),
+    "sgd": (lambda params: SGD(params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3), None),
+    "adamw with a schedule": (
+        lambda params: AdamW(params, lr=3e-3, weight_decay=0.1),
+        lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=STEPS),
+    ),
+    "rmsprop": (lambda params: RMSprop(params, lr=1e-3), None),
+}
+
+
+def data(config: TargetConfig, *leading: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.randn(*leading, 5 * BATCH + 3, *config.input_shape, generator=random(1)).clamp(min=0)
+    return inputs, torch.randint(config.num_classes, inputs.shape[: len(leading) + 1], generator=random(2))
+
+
+def alone(config, seed, inputs, labels, make_optimizer, make_scheduler) -> dict[str, torch.Tensor]:
+    """A plain loop over batches in the same order."""
+    model = TargetModel(config).to(inputs.dtype)
+    model.load_state_dict(unstack(initial(config, [seed], bias=0.01), 0))
+    optimizer, generator = make_optimizer(model.parameters()), random(7)
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    for _ in range(STEPS // 5):
+        order = torch.randperm(len(inputs), generator=generator)
+        for batch in order[: 5 * BATCH].split(BATCH):
+            loss = model.train()(inputs[batch], labels[batch]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_training_each_alone(name, optimizer, own):
+    config, (make_optimizer, make_scheduler) = CONFIGS[name], OPTIMIZERS[optimizer]
+    inputs, labels = data(config, len(SEEDS)) if own else data(config)
+    inputs = inputs.double()  # in float32 rounding switches a ReLU now and then, and an optimiser makes much of it
+    params = {n: t.double() if t.is_floating_point() else t for n, t in initial(config, SEEDS, bias=0.01).items()}
+    settings = {"epochs": STEPS // 5, "batch_size": BATCH, "generator": random(7), "make_scheduler": make_scheduler}
+    *_, trained = train_networks(config, params, inputs, labels, make_optimizer, **settings)
+    for k, seed in enumerate(SEEDS):
+        given = (inputs[k], labels[k]) if own else (inputs, labels)
+        expected = alone(config, seed, *given, make_optimizer, make_scheduler)
+        for tensor_name, tensor in expected.items():
+            torch.testing.assert_close(trained[tensor_name][k], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_in_float32_parameters_agree_within_a_ten_thousandth():
+    config, (make_optimizer, _) = CONFIGS["tiny-cnn"], OPTIMIZERS["sgd"]
+    inputs, labels = data(config)
+    settings = {"epochs": STEPS // 5, "batch_size": BATCH, "generator": random(7)}
+    *_, trained = train_networks(config, initial(config, SEEDS, bias=0.01), inputs, labels, make_optimizer, **settings)
+    for k, seed in enumerate(SEEDS):
+        for name, tensor in alone(config, seed, inputs, labels, make_optimizer, None).items():
+            torch.testing.assert_close(trained[name][k], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_training_learns_and_tells_losses():
+    config = TargetConfig(input_shape=[4], layers=mlp(8), num_classes=4)
+    labels = torch.randint(4, (400,), generator=random(0))
+    inputs = F.one_hot(labels, 4) + 0.3 * torch.randn(400, 4, generator=random(1))
+    losses = []
+    params = initial(config, SEEDS)
+    assert (predict_networks(config, params, inputs) == labels).double().mean() < 0.6
+    settings = {"epochs": 5, "batch_size": 20, "generator": random(2), "on_step": losses.append}
+    epochs = list(train_networks(config, params, inputs, labels, OPTIMIZERS["sgd"][0], **settings))
+    assert len(epochs) == 5 and len(losses) == 100 and losses[0].shape == (3,)
+    assert torch.stack(losses[-10:]).mean() < torch.stack(losses[:10]).mean() / 2
+    predictions = predict_networks(config, epochs[-1], inputs, chunk=70)
+    assert predictions.shape == (3, 400) and ((predictions == labels).double().mean(1) > 0.9).all()
+    for k in range(3):
+        model = TargetModel(config)
+        model.load_state_dict(unstack(epochs[-1], k))
+        assert torch.equal(model(inputs).logits.argmax(-1), predictions[k])
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_seed_is_a_network_in_any_group(init):
+    config = CONFIGS["resnet8"]
+    together = initial(config, SEEDS, init)
+    for k, seed in enumerate(SEEDS):
+        single = initial(config, [seed], init)
+        assert all(torch.equal(single[name][0], tensor[k]) for name, tensor in together.items())
+    assert not torch.equal(together["conv1.weight"][0], together["conv1.weight"][1])
+    assert together["bn1.weight"].eq(1).all() and together["head.bias"].eq(0).all()
+
+
+def test_faults_name_what_came():
+    with pytest.raises(ValueError, match="`init` must be one of .*'xavier'"):
+        initial(CONFIGS["mlp"], [0], "xavier")
+    inputs, labels = data(CONFIGS["mlp"])
+    training = train_networks(
+        CONFIGS["mlp"], initial(CONFIGS["mlp"], [0]), inputs, labels, OPTIMIZERS["sgd"][0], epochs=1, batch_size=100,
+        generator=random(0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="batch of 100 examples .* got 43"):
+        next(training)
