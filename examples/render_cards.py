@@ -49,14 +49,17 @@ def render(out: Path, zoo: Path) -> None:
     readdress(folders["text-adapter"], f"{NAMESPACE}/text-adapter")
 
     network = TargetModel(TargetConfig())
-    size = "-".join(map(str, (64, network.config.layers[0]["features"], network.config.num_classes)))
+    sizes = [
+        *network.config.input_shape,
+        *(layer["features"] for layer in network.config.network if "features" in layer),
+    ]
     write_card(
         folders["network"],
         "network",
         labels=[str(digit) for digit in range(network.config.num_classes)],
         prompt="which digit is it",
         generator="a folder that `accelerate launch examples/train_d2nwg.py` wrote",
-        facts={"architecture": f"multilayer perceptron {size}, {network.config.activation}"},
+        facts={"architecture": f"multilayer perceptron {'-'.join(map(str, sizes))}, {network.config.activation}"},
     )
     readdress(folders["network"], f"{NAMESPACE}/network")
 

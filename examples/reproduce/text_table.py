@@ -17,11 +17,11 @@ from hf_weightgen.evaluation.generator import evaluate_generator
 from hf_weightgen.evaluation.table import format_table, write_results
 from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
 from hf_weightgen.targets.tasks import TASKS, get_task, load_task_spec
-from hf_weightgen.zoo.tasks import load_tasks
+from hf_weightgen.zoo.tasks import TEST_LIMIT, load_tasks
 
 
 LEGEND = """\
-In points, on at most 1,000 test rows, mean ± std over the adapters of a row: accuracy, or for cola Matthews' correlation.
+In points, on at most {rows:,} test rows, mean ± std over the adapters of a row: accuracy{except_for}.
 - `zoo`: the members that the generator was trained on; `generated`: from prompts that it was trained on; `lookup`: random
   members of the task with the nearest known prompt; `zoo_average`, `gaussian`: the members' average, and draws around it;
   `noise_at_distance`: members with noise that takes them as far from the zoo as the generated ones are;
@@ -123,7 +123,12 @@ def summary(rows: list[dict]) -> str:
         cells.append(f"{_number(made['novelty_l2'], 2)} / {_number(zoo.get('novelty_l2_other_runs'), 2)}")
         cells.append(f"{_number(made.get('spread_l2'), 2)} / {_number(zoo.get('spread_l2'), 2)}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([LEGEND, *lines, "", *_criteria(tasks)])
+    others = {
+        task: row["generated"]["metric"] for task, row in tasks.items() if row["generated"]["metric"] != "accuracy"
+    }
+    except_for = "".join(f", for {task} {metric.replace('_', ' ')}" for task, metric in others.items())
+    legend = LEGEND.format(rows=TEST_LIMIT, except_for=except_for)
+    return "\n".join([legend, *lines, "", *_criteria(tasks)])
 
 
 def _criteria(tasks: dict[str, dict[str, dict]]) -> list[str]:
@@ -178,11 +183,18 @@ def _criteria(tasks: dict[str, dict[str, dict]]) -> list[str]:
     }
     average = sum(row["generated"]["difference"]["mean"] for row in counted) / len(counted)
     off = [row["generated_mismatched"]["mean"] - row["generated_mismatched"]["expected"] for row in counted]
+    kept = {
+        task: 100 * mean(row, "generated_held_out_prompts") / mean(row, "generated")
+        for task, row in tasks.items()
+        if row in counted
+    }
+    lowest = min(kept, key=kept.get)
     return [
         "Of the tasks that count:",
         "",
         *(f"- {name}: {value}" for name, value in lines.items()),
         f"- generated - zoo on average: {average:+.2f}; mismatched prompts above chance on average: {sum(off) / len(off):+.1f}",
+        f"- held-out prompts keep {sum(kept.values()) / len(kept):.1f} % of the accuracy on average, at least {kept[lowest]:.1f} % ({lowest})",
     ]
 
 

@@ -166,8 +166,8 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
 
 def add_figures(folder: str | Path, title: str, command: str, table: str) -> None:
     """
-    Puts a section with a table, and the command that makes it, into the card of a generator, before its limits. A section
-    of the same title is replaced.
+    Puts a section with a table, and the command that makes it, into the card of a generator, before its limits; in the
+    place of a section of the same title.
 
     Raises:
         ValueError: If the folder's `README.md` is no card of [`write_card`].
@@ -177,6 +177,8 @@ def add_figures(folder: str | Path, title: str, command: str, table: str) -> Non
     limits = [i for i, section in enumerate(sections) if section.startswith("Limits\n")]
     if not limits:
         raise ValueError(f"{str(path)!r} has no section 'Limits': it is no card of this library.")
-    sections.insert(limits[0], f"{title}\n\n```bash\n{command}\n```\n\n{table}\n")
-    kept = [s for i, s in enumerate(sections) if i == limits[0] or not s.startswith(f"{title}\n")]
-    path.write_text(SECTION.join(kept), encoding="utf-8")
+    new = next((i for i, section in enumerate(sections) if section.startswith(f"{title}\n")), limits[0])
+    if new == limits[0]:
+        sections.insert(new, "")
+    sections[new] = f"{title}\n\n```bash\n{command}\n```\n\n{table}\n"
+    path.write_text(SECTION.join(sections), encoding="utf-8")

@@ -32,7 +32,6 @@ KINDS = {  # kind of layer -> the settings that it needs
     "activation": set(),
     "max_pool": set(),
     "mean_pool": set(),
-    "flatten": set(),
     "residual": {"layers", "channels"},
 }
 SIZES = {"channels", "features", "kernel", "stride"}
@@ -49,7 +48,7 @@ class TargetConfig(PreTrainedConfig):
         layers:
             From input to output, each a mapping with its `kind`: `conv` (`name`, `channels`, `kernel`; `stride` 1,
             `padding` 0, `bias` true), `norm` (`name`), `linear` (`name`, `features`), `activation`, `max_pool` (of 2 x 2),
-            `mean_pool` (over all pixels), `flatten`, or `residual` (`layers`, `channels`, `stride`), whose shortcut skips
+            `mean_pool` (over all pixels), or `residual` (`layers`, `channels`, `stride`), whose shortcut skips
             pixels and pads channels with zeros. A `linear` layer named `head` with `num_classes` features follows them.
         num_classes: Features of the head. (`num_labels` and `id2label` follow from it unless given.)
         activation: One of [`ACTIVATIONS`].
@@ -136,8 +135,6 @@ def shape_after(layer: dict, shape: Sequence[int]) -> list[int]:
             return [shape[0], *(size // 2 for size in shape[1:])]
         case "mean_pool":
             return [shape[0]]
-        case "flatten":
-            return [math.prod(shape)]
         case "residual":
             for inner in layer["layers"]:
                 shape = shape_after(inner, shape)
@@ -226,8 +223,6 @@ class TargetModel(PreTrainedModel):
                     x = F.max_pool2d(x, 2)
                 case "mean_pool":
                     x = x.mean((2, 3))
-                case "flatten":
-                    x = x.flatten(1)
                 case "residual":
                     x = activation(self._run(layer["layers"], x) + shortcut(layer, x))
         return x
@@ -250,7 +245,7 @@ def cnn(channels: Sequence[int], kernels: Sequence[int], pooled: Sequence[bool],
     for i, (size, kernel, pool) in enumerate(zip(channels, kernels, pooled, strict=True), start=1):
         layers.append({"kind": "conv", "name": f"conv{i}", "channels": size, "kernel": kernel})
         layers += [{"kind": "max_pool"}] * pool + [ACTIVATION]
-    return [*layers, {"kind": "flatten"}, *mlp(*hidden)]
+    return [*layers, *mlp(*hidden)]
 
 
 def resnet(depth: int) -> list[dict]:

@@ -69,11 +69,9 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
             case "activation":
                 x = act(x)
             case "max_pool":
-                x = _MaxPool.apply(x)
+                x = _Largest.apply(*_quarters(x))
             case "mean_pool":
                 x = x.mean((2, 3))
-            case "flatten":
-                x = x.flatten(1, -2)
             case "residual":
                 x = act(_run(layer["layers"], activation, params, x, running) + shortcut(layer, x))
     return x
@@ -85,13 +83,10 @@ def _networks(params: Mapping[str, Tensor]) -> int:
 
 def _conv_and_pool(x: Tensor, layer: dict, params: Mapping[str, Tensor]) -> Tensor:
     """A convolution of images that all networks share, and its pooling: only what passes the pooling is kept."""
-    weight = params[f"{layer['name']}.weight"]
-    bias = params.get(f"{layer['name']}.bias", weight.new_zeros(()).expand(weight.shape[:2]))
-    patches = _Patches.apply(x, *convolution(layer).values())  # (1, C k k, h, w, n)
-    quarters = torch.stack([quarter[0].flatten(1) for quarter in _quarters(patches)])  # (4, C k k, h/2 w/2 n)
-    out = _PooledProduct.apply(weight.flatten(2).flatten(0, 1), bias.flatten(), quarters)
-    h, w, n = patches.shape[2] // 2, patches.shape[3] // 2, patches.shape[4]
-    return out.view(*weight.shape[:2], h, w, n)
+    weight, bias = params[f"{layer['name']}.weight"], params.get(f"{layer['name']}.bias")
+    quarters = _quarters(_patches(x, **convolution(layer)))
+    pooled = _Largest.apply(*(_product(weight.flatten(2), quarter.flatten(2), bias) for quarter in quarters))
+    return pooled.unflatten(2, quarters[0].shape[2:])
 
 
 def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,9 +99,8 @@ def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, stride: int, padding: int) -> Tensor:
     if len(x) < len(weight):  # all networks read the same: cut every patch once, and multiply once
-        patches = _Patches.apply(x, kernel_size, stride, padding)  # (1, C k k, h, w, n)
-        out = _product(weight.flatten(2), patches.flatten(2), bias).unflatten(2, patches.shape[2:])
-        return out
+        patches = _patches(x, kernel_size, stride, padding)  # (1, C k k, h, w, n)
+        return _product(weight.flatten(2), patches.flatten(2), bias).unflatten(2, patches.shape[2:])
     bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
     return _Conv.apply(F.pad(x, (0, 0, *[padding] * 4)) if padding else x, weight, bias, stride)
 
@@ -127,41 +121,15 @@ def _norm(x: Tensor, name: str, params: Mapping[str, Tensor], running: dict[str,
     return x * scale[..., None, None, None] + shift[..., None, None, None]
 
 
-class _Patches(torch.autograd.Function):
-    """`(1, C, H, W, n)` to `(1, C k k, h, w, n)`: what each position of a kernel sees. Images get no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, k: int, stride: int, padding: int) -> Tensor:
-        x = F.pad(x, (0, 0, *[padding] * 4)) if padding else x
-        (h, w), n = ((size - k) // stride + 1 for size in x.shape[2:4]), x.shape[4]
-        out = x.new_empty(1, x.shape[1], k, k, h, w, n)
-        for i in range(k):  # slices are copied row by row; `unfold` would be read number by number
-            for j in range(k):
-                out[:, :, i, j] = x[:, :, i : i + stride * h : stride, j : j + stride * w : stride]
-        return out.flatten(1, 3)
-
-
-class _PooledProduct(torch.autograd.Function):
-    """The largest of four products `(O, I)` by `(4, I, m)`, plus a bias `(O,)`: `(O, m)`. Of equal ones the first counts."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor, quarters: Tensor) -> Tensor:
-        a, b, c, d = (torch.addmm(bias[:, None], weight, quarter) for quarter in quarters)
-        right_above, right_below = b > a, d > c
-        above, below = torch.maximum(a, b, out=a), torch.maximum(c, d, out=c)
-        is_below = below > above
-        ctx.save_for_backward(right_above, right_below, is_below, quarters)
-        return torch.maximum(above, below, out=above)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        right_above, right_below, is_below, quarters = ctx.saved_tensors
-        below = grad * is_below
-        above = grad - below
-        b, d = above * right_above, below * right_below
-        parts = above.sub_(b), b, below.sub_(d), d
-        of_weight = sum(part @ quarter.mT for part, quarter in zip(parts, quarters, strict=True))
-        return of_weight, grad.sum(1), None
+def _patches(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """`(1, C, H, W, n)` to `(1, C k k, h, w, n)`: what each position of a kernel sees."""
+    x, k = F.pad(x, (0, 0, *[padding] * 4)) if padding else x, kernel_size
+    (h, w), n = ((size - k) // stride + 1 for size in x.shape[2:4]), x.shape[4]
+    out = x.new_empty(1, x.shape[1], k, k, h, w, n)
+    for i in range(k):  # slices are copied row by row; `unfold` would be read number by number
+        for j in range(k):
+            out[:, :, i, j] = x[:, :, i : i + stride * h : stride, j : j + stride * w : stride]
+    return out.flatten(1, 3)
 
 
 class _Conv(torch.autograd.Function):
@@ -210,35 +178,25 @@ def _rows(cut: Tensor, i: int, h: int, stride: int) -> Tensor:
     return cut[:, :, i : i + stride * h : stride]
 
 
-class _MaxPool(torch.autograd.Function):
-    """Of 2 x 2 pixels; of equal ones the first counts, as in `F.max_pool2d`: dark corners of images are equal."""
+class _Largest(torch.autograd.Function):
+    """
+    Of four tensors, the pixels of 2 x 2 squares row by row. Of equal ones the first gets the gradient, as in `F.max_pool2d`:
+    the pixels in dark corners of images are equal, and `torch.maximum` would share it out.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        a, b, c, d = _quarters(x)
-        right_above, right_below = b > a, d > c
+    def forward(ctx, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         above, below = torch.maximum(a, b), torch.maximum(c, d)
-        is_below = below > above
-        ctx.save_for_backward(right_above, right_below, is_below)
+        ctx.save_for_backward(b > a, d > c, below > above)
         return torch.maximum(above, below)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         right_above, right_below, is_below = ctx.saved_tensors
-        out = grad.new_empty(ctx.shape)
-        H, W = ctx.shape[2:4]
-        if H % 2 or W % 2:
-            out[:, :, H // 2 * 2 :] = 0
-            out[:, :, :, W // 2 * 2 :] = 0
         below = grad * is_below
         above = grad - below
-        for row, (whole, is_right) in enumerate(((above, right_above), (below, right_below))):
-            right = whole * is_right
-            _quarters(out)[2 * row + 1].copy_(right)
-            torch.sub(whole, right, out=right)
-            _quarters(out)[2 * row].copy_(right)
-        return out
+        b, d = above * right_above, below * right_below
+        return above - b, b, below - d, d
 
 
 def _quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

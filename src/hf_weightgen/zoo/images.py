@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..targets.tasks import TaskSpec
-from .tasks import MAX_VALIDATION_ROWS, TEST_FRACTION, VALIDATION_FRACTION, lowest_keys, open_dataset
+from .tasks import open_dataset, separate
 
 
 @dataclass
@@ -76,48 +76,28 @@ def load_images(
     Args:
         data_root: As in [`~zoo.tasks.load_tasks`].
         side: Height and width to which images are resized (bilinear). Default: as they are.
-        channels: 1 or 3. Default: 1 where all are grey, else 3.
+        channels: 1 or 3. Default: 1 if the first image of a split is grey, else 3.
 
     Raises:
         FileNotFoundError, ValueError: As [`~zoo.tasks.load_tasks`], and if a spec has no `image_column`.
     """
-    specs, read = list(specs), {}
+    specs, read, revisions = list(specs), {}, {}
     for spec in specs:
         if spec.image_column is None:
             raise ValueError(f"Task {spec.name!r} has texts, not images; see `load_tasks`.")
         splits, commit = open_dataset(spec, data_root)
         parts = [_images(spec, name, splits, side, channels) for name in (spec.train_split, spec.test_split) if name]
-        train, test = parts if len(parts) == 2 else _cut(parts[0], int(TEST_FRACTION * len(parts[0])))[::-1]
         digest = hashlib.blake2b(b"".join(key for part in parts for key in part.keys), digest_size=16)
-        validation, train = _cut(train, min(MAX_VALIDATION_ROWS, int(VALIDATION_FRACTION * len(train))))
-        read[spec.name] = spec, train, validation, test, commit or f"content:{digest.hexdigest()}"
-    test_keys = {key for _, _, _, test, _ in read.values() for key in test.keys}
-    held_out = test_keys.union(*(validation.keys for _, _, validation, _, _ in read.values()))
-    tasks = {}
-    for name, (spec, train, validation, test, revision) in read.items():
-        kept = train.where(key not in held_out for key in train.keys)
-        chosen = validation.where(key not in test_keys for key in validation.keys)
-        for split, rows in (("train", kept), ("validation", chosen), ("test", test)):
-            if not len(rows):
-                raise ValueError(f"Task {name!r}: its {split} split is left with no images; give it a larger dataset.")
-        pixels = kept.pixels.float().div(255).movedim(1, 0).flatten(1)  # (C, n H W)
-        tasks[name] = ImageData(
-            spec=spec,
-            train=kept,
-            validation=chosen,
-            test=test,
-            mean=[round(value, 4) for value in pixels.mean(1).tolist()],
-            std=[round(max(value, 1e-4), 4) for value in pixels.std(1).tolist()],
-            removed_duplicates=len(train) - len(kept) + len(validation) - len(chosen),
-            data_revision=revision,
-        )
+        revisions[spec.name] = commit or f"content:{digest.hexdigest()}"
+        read[spec.name] = parts[0], parts[1] if len(parts) > 1 else None
+    tasks, separated = {}, separate(specs, read)
+    for spec in specs:
+        train, validation, test, removed = separated[spec.name]
+        pixels = train.pixels.float().div(255).movedim(1, 0).flatten(1)  # (C, n H W)
+        mean = [round(value, 4) for value in pixels.mean(1).tolist()]
+        std = [round(max(value, 1e-4), 4) for value in pixels.std(1).tolist()]
+        tasks[spec.name] = ImageData(spec, train, validation, test, mean, std, removed, revisions[spec.name])
     return tasks
-
-
-def _cut(images: Images, rows: int) -> tuple[Images, Images]:
-    """At most `rows` images, those with the lowest keys, and the others."""
-    chosen = lowest_keys(images.keys, rows)
-    return images.where(key in chosen for key in images.keys), images.where(key not in chosen for key in images.keys)
 
 
 def _images(spec: TaskSpec, split: str, splits, side: int | None, channels: int | None) -> Images:

@@ -13,7 +13,7 @@ whose figures will stand beside each other in one call.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,10 +73,6 @@ class _Rows:
         *texts, labels, keys = ([column[i] for i in at] for column in (*self.texts, self.labels, self.keys))
         return _Rows(tuple(texts), labels, keys)
 
-    def split(self, chosen: set[bytes]) -> tuple["_Rows", "_Rows"]:
-        """The rows whose keys were chosen, and the others."""
-        return self.where(key in chosen for key in self.keys), self.where(key not in chosen for key in self.keys)
-
 
 def load_tasks(
     specs: Iterable[TaskSpec], data_root: str | Path | None = None, cache: str | Path | None = None
@@ -111,19 +107,40 @@ def load_tasks(
             raise ValueError(f"Task {name!r} was given twice; names are the keys of the result, so rename one.")
     read = {spec.name: _read(spec, data_root, cache) for spec in specs}
 
+    tasks = {}
+    separated = separate(specs, {name: (train, test) for name, (train, test, _) in read.items()})
+    for spec in specs:
+        *rows, removed = separated[spec.name]
+        tasks[spec.name] = TaskData(spec, *(_to_dataset(spec, part) for part in rows), removed, read[spec.name][2])
+    return tasks
+
+
+def separate(specs: Sequence[TaskSpec], read: Mapping[str, tuple]) -> dict[str, tuple]:
+    """
+    Splits the rows of tasks, and keeps the test and validation rows of all of them out of every train split.
+
+    Args:
+        read: By task name the rows of its train and of its test split, `None` if it has none. Rows have a length, the `keys`
+            of each, and `where(keep)`.
+
+    Returns:
+        By task name its train, validation and test rows, and how many rows of its train split are used nowhere.
+
+    Raises:
+        ValueError: If a split is left without rows.
+    """
     splits = {}
     for spec in specs:
-        train, test, _ = read[spec.name]
+        train, test = read[spec.name]
         if test is None:
-            test, train = train.split(lowest_keys(train.keys, int(TEST_FRACTION * len(train))))
-        validation_rows = min(MAX_VALIDATION_ROWS, int(VALIDATION_FRACTION * len(train)))
+            test, train = _split(train, int(TEST_FRACTION * len(train)))
         # chosen before anything is removed: which rows may ever be trained on does not depend on the other tasks
-        validation, train = train.split(lowest_keys(train.keys, validation_rows))
+        validation, train = _split(train, min(MAX_VALIDATION_ROWS, int(VALIDATION_FRACTION * len(train))))
         splits[spec.name] = train, validation, test
 
     test_keys = {key for _, _, test in splits.values() for key in test.keys}
     held_out_keys = test_keys.union(*(validation.keys for _, validation, _ in splits.values()))
-    tasks = {}
+    separated = {}
     for spec in specs:
         train, validation, test = splits[spec.name]
         kept_train = train.where(key not in held_out_keys for key in train.keys)
@@ -136,15 +153,15 @@ def load_tasks(
                     "without the tasks whose test texts it holds, or, if its test split repeats its train split, set "
                     "`test_split` to None: a part of the train split is then held out."
                 )
-        tasks[spec.name] = TaskData(
-            spec=spec,
-            train=_to_dataset(spec, kept_train),
-            validation=_to_dataset(spec, kept_validation),
-            test=_to_dataset(spec, test),
-            removed_duplicates=len(train) - len(kept_train) + len(validation) - len(kept_validation),
-            data_revision=read[spec.name][2],
-        )
-    return tasks
+        removed = len(train) - len(kept_train) + len(validation) - len(kept_validation)
+        separated[spec.name] = kept_train, kept_validation, test, removed
+    return separated
+
+
+def _split(rows, limit: int) -> tuple:
+    """At most `limit` rows, those with the lowest keys, and the others."""
+    chosen = lowest_keys(rows.keys, limit)
+    return rows.where(key in chosen for key in rows.keys), rows.where(key not in chosen for key in rows.keys)
 
 
 def text_key(*texts: str) -> bytes:
