@@ -118,7 +118,7 @@ def main():
     vae = WeightVAE(
         WeightVAEConfig(
             token_size=source.tokenizer.token_size,
-            num_body_tokens=source.tokenizer.num_body_tokens(0),
+            num_body_tokens=source.tokenizer.num_all_body_tokens,
             **source.vae_settings | ({} if args.kl_weight is None else {"kl_weight": args.kl_weight}),
         )
     )

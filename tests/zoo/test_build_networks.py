@@ -13,9 +13,7 @@ from hf_weightgen.zoo.schema import row_to_state_dict
 from pictures import images, write
 
 
-CONFIG = NetworkZooConfig(
-    architecture="small", seeds=5, held_out=1, epochs=3, keep=2, batch_size=8, group=2
-)  # groups of 2, 2 and 1
+CONFIG = NetworkZooConfig(architecture="small", seeds=5, held_out=1, keep=2, group=2)  # groups of 2, 2 and 1
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def spec(tmp_path, monkeypatch):
     pictures = [
         p.point(lambda v: v // 2) if i % 2 == 0 else p.point(lambda v: 128 + v // 2) for i, p in enumerate(pictures)
     ]
-    monkeypatch.setitem(build_networks.PROTOCOLS, "task", Protocol("relu", "default", 1e-2))
+    monkeypatch.setitem(build_networks.SHORT, "task", Protocol("relu", "default", 1e-2, batch_size=8, epochs=3))
     layers = architectures.cnn((3,), (3,), (True,), (6,))
     monkeypatch.setitem(architectures.NAMED, "small", (layers, "tanh", 8))
     return write(tmp_path / "task", train=pictures[:80], test=pictures[80:])
@@ -75,7 +73,9 @@ def test_a_restart_trains_what_is_missing_and_nothing_else(spec, tmp_path, monke
 
 
 def test_faults_are_told_before_training(spec, tmp_path):
-    build_network_zoo([spec], tmp_path / "zoo", NetworkZooConfig("small", 1, 0, 1, 8, 1, 1), progress=False)
+    build_network_zoo(
+        [spec], tmp_path / "zoo", NetworkZooConfig("small", seeds=1, held_out=0, keep=1, group=1), progress=False
+    )
     with pytest.raises(ValueError, match="was started with `.*` = .*, now .* is asked for"):
         build_network_zoo([spec], tmp_path / "zoo", CONFIG, progress=False)
     with pytest.raises(ValueError, match="`keep` must be 1 to 3 epochs, got 4"):
@@ -83,4 +83,6 @@ def test_faults_are_told_before_training(spec, tmp_path):
     other = write(tmp_path / "other", train=images(30, 1), test=images(9, 2))
     with pytest.raises(ValueError, match="'other' has no protocol; there are .*'mnist'"):
         build_network_zoo([other], tmp_path / "new", CONFIG, progress=False)
+    with pytest.raises(ValueError, match="`protocol` must be one of .*'short', 'published'.*got 'long'"):
+        build_network_zoo([spec], tmp_path / "new", NetworkZooConfig(protocol="long"), progress=False)
     assert not (tmp_path / "new").exists()

@@ -98,7 +98,7 @@ class D2NWGPipeline(WeightGenPipeline):
             raise ValueError(f"`noise_scale` is {vae.noise_scale}, expected a finite number.")
         if not latents.isfinite().all():
             raise ValueError("the scheduler's settings make latents that are not finite.")
-        told = tokenizer.token_size, tokenizer.num_body_tokens(0)
+        told = tokenizer.token_size, tokenizer.num_all_body_tokens
         if told != (vae.token_size, vae.num_body_tokens):
             raise ValueError(
                 f"the weight tokenizer makes {told[1]} tokens of {told[0]} scalars, the autoencoder reads {vae.num_body_tokens} of "

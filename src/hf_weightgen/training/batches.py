@@ -63,6 +63,7 @@ class ZooTensors:
         class_mask: `(tasks, C)`, `True` on real classes.
         prompt_embeds: per task `(P, E)`.
         families: family of each task.
+        layout_of: `(R,)`, each row's layout; T counts the body tokens of all layouts, side by side.
         start: Row of the shared start of all members, which is what no prompt asks for; the last row and task.
     """
 
@@ -74,6 +75,7 @@ class ZooTensors:
     class_mask: Tensor
     prompt_embeds: list[Tensor]
     families: list[str]
+    layout_of: Tensor
     start: int | None = None
 
     @classmethod
@@ -94,21 +96,24 @@ class ZooTensors:
         """
         tasks = list(dict.fromkeys(task_names))
         encoded = tokenizer(state_dicts)
-        widest = encoded["weight_tokens"].shape[1] - tokenizer.num_body_tokens(0)
+        layouts = encoded["layout_ids"]
+        tokens, mask = (tokenizer.side_by_side(encoded[name], layouts) for name in ("weight_tokens", "padding_mask"))
+        widest = tokens.shape[1] - tokenizer.num_all_body_tokens
         padded = []
         for task in tasks:
             wordings, classes, size = class_embeds[task].shape
             padded.append(torch.cat([class_embeds[task], torch.zeros(wordings, widest - classes, size)], 1))
         counts = torch.tensor([class_embeds[task].shape[1] for task in tasks])
         return cls(
-            encoded["weight_tokens"],
-            encoded["padding_mask"],
+            tokens,
+            mask,
             torch.tensor([tasks.index(t) for t in task_names]),
             tasks,
             padded,
             torch.arange(widest) < counts[:, None],
             [prompt_embeds[t] for t in tasks],
             [families[t] for t in tasks],
+            layouts,
             start,
         )
 

@@ -32,13 +32,13 @@ class BatchDecoder:
     for each weight, times a std, plus a mean, so its action on three token tensors tells all of it.
     """
 
-    def __init__(self, tokenizer: WeightTokenizer, classes: int):
-        self.tokens = tokenizer.num_body_tokens(0) + classes
+    def __init__(self, tokenizer: WeightTokenizer, classes: int, layout_id: int = 0):
+        self.tokens = tokenizer.num_all_body_tokens + classes
         size = self.tokens * tokenizer.token_size
-        place = torch.arange(size, dtype=torch.float32)
+        place = torch.arange(size, dtype=torch.float64)
+        wide = torch.stack([torch.zeros_like(place), torch.ones_like(place), place]).unflatten(1, (self.tokens, -1))
         zeros, ones, places = tokenizer.decode(
-            torch.stack([torch.zeros(size), torch.ones(size), place]).unflatten(1, (self.tokens, -1)),
-            num_classes=torch.full((3,), classes),
+            tokenizer.own_tokens(wide, layout_id), torch.full((3,), layout_id), torch.full((3,), classes)
         )
         self.mean, self.std = zeros, {name: ones[name] - zeros[name] for name in zeros}
         self.place = {name: ((places[name] - zeros[name]) / self.std[name]).round().long() for name in zeros}

@@ -72,7 +72,8 @@ class Source:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""
         T = vae.config.num_body_tokens
         with torch.no_grad():
-            vae.token_bias.copy_(self.train.weight_tokens[:, :T].mean(0))
+            real = self.train.padding_mask[:, :T].sum(0).clamp(min=1)
+            vae.token_bias.copy_(self.train.weight_tokens[:, :T].sum(0) / real)
             if self.name_projection is not None:
                 weight, bias = self.name_projection  # (E, D), (E,): row_c = e_c W, bias_c = e_c b
                 size = weight.shape[1]
@@ -86,8 +87,8 @@ class Source:
         return entry["mean"], entry["std"]
 
     def state_dicts(self, zoo: ZooTensors, tokens: Tensor) -> list[dict[str, Tensor]]:
-        counts = zoo.class_mask[zoo.task_of].sum(1)
-        return self.tokenizer.decode(tokens, num_classes=counts)
+        """The weights of tokens `(R, T + C, S)` that belong to the rows of `zoo`."""
+        return decode_rows(self.tokenizer, tokens, zoo.layout_of, zoo.class_mask[zoo.task_of].sum(1))
 
     def accuracy(self, state_dicts: Sequence[Mapping[str, Tensor]], zoo: ZooTensors) -> dict[str, float]:
         """Mean accuracy by task; tasks that count, see [`Source.counts`]."""
@@ -108,10 +109,21 @@ class Source:
     def members(self, task: str) -> list[dict[str, Tensor]]:
         """State dicts of the rows of a task that training sees."""
         rows = torch.nonzero(self.train.task_of == self.train.tasks.index(task)).flatten()
-        return self.tokenizer.decode(
-            self.train.weight_tokens[rows],
-            num_classes=self.train.class_mask[self.train.task_of[rows]].sum(1),
-        )
+        counts = self.train.class_mask[self.train.task_of[rows]].sum(1)
+        return decode_rows(self.tokenizer, self.train.weight_tokens[rows], self.train.layout_of[rows], counts)
+
+
+def decode_rows(
+    tokenizer: WeightTokenizer, tokens: Tensor, layouts: Tensor, counts: Tensor
+) -> list[dict[str, Tensor]]:
+    """State dicts of tokens side by side `(R, T + C, S)`, with their layouts and class counts `(R,)`."""
+    state_dicts: list = [None] * len(tokens)
+    for k in layouts.unique().tolist():
+        rows = (layouts == k).nonzero().flatten()
+        own = tokenizer.decode(tokenizer.own_tokens(tokens[rows], k), layouts[rows], counts[rows])
+        for row, state_dict in zip(rows.tolist(), own, strict=True):
+            state_dicts[row] = state_dict
+    return state_dicts
 
 
 def _known(tasks, prompt_embeds: Mapping[str, Tensor]) -> tuple[list[dict], dict[str, float]]:

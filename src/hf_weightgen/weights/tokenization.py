@@ -123,6 +123,41 @@ class WeightTokenizer(FeatureExtractionMixin):
         """N_k, the tokens of a checkpoint before its class tokens."""
         return self._plan(layout_id).num_body
 
+    @property
+    def num_all_body_tokens(self) -> int:
+        """N, the sum of N_k over all layouts: the width of [`~WeightTokenizer.side_by_side`] before the class tokens."""
+        return sum(plan.num_body for plan in self._plans)
+
+    def side_by_side(self, weight_tokens: Tensor, layout_ids: Tensor) -> Tensor:
+        """
+        Gives the body tokens of every layout a place of their own, so that one network may read and write all layouts with
+        a map for each place.
+
+        Args:
+            weight_tokens (`torch.Tensor` of shape `(B, T, S)`): As `__call__` returns them, or their `padding_mask`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N + C, S)`: body tokens of layout 0, of layout 1, ..., class tokens; zeros in the places
+            of other layouts.
+        """
+        N = self.num_all_body_tokens
+        C = max(weight_tokens.shape[1] - self.num_body_tokens(k) for k in layout_ids.unique().tolist())
+        wide = weight_tokens.new_zeros(len(weight_tokens), N + C, self.token_size)
+        for k in layout_ids.unique().tolist():
+            rows, own = (layout_ids == k).nonzero().flatten(), self.num_body_tokens(k)
+            wide[rows, self.places(k)] = weight_tokens[rows, :own]
+            wide[rows, N : N + weight_tokens.shape[1] - own] = weight_tokens[rows, own:]
+        return wide
+
+    def places(self, layout_id: int) -> slice:
+        """Where the body tokens of a layout are in [`~WeightTokenizer.side_by_side`]."""
+        first = sum(plan.num_body for plan in self._plans[:layout_id])
+        return slice(first, first + self.num_body_tokens(layout_id))
+
+    def own_tokens(self, weight_tokens: Tensor, layout_id: int) -> Tensor:
+        """Of tokens side by side `(B, N + C, S)` those of one layout, `(B, N_k + C, S)`, for [`~WeightTokenizer.decode`]."""
+        return torch.cat([weight_tokens[:, self.places(layout_id)], weight_tokens[:, self.num_all_body_tokens :]], 1)
+
     def class_token_id(self, layout_id: int = 0) -> int:
         """The one value of `token_ids` that all class tokens of a layout share."""
         plan = self._plan(layout_id)

@@ -6,7 +6,9 @@ look at a whole tensor, as LBFGS does, are not).
 Notation used for shapes: K networks, N examples of the training set, b of a batch.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.stacked import images_last, stack, stacked_logits
+from ..targets.symmetry import BUFFERS
 
 
 INITS = {  # of weights; biases are set apart
@@ -23,7 +26,20 @@ INITS = {  # of weights; biases are set apart
     "kaiming_uniform": lambda tensor, generator: torch.nn.init.kaiming_uniform_(tensor, generator=generator),
     "default": lambda tensor, generator: torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator),
 }
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_memory() -> None:
+    """
+    Asks the C library, where it is glibc, to keep freed memory for the rest of the process. By default it hands back what
+    large tensors held, and up to half of the time of a step goes into page faults of fresh memory.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def initial(config: TargetConfig, seeds: list[int], init: str = "default", bias: float = 0.0) -> dict[str, Tensor]:
@@ -63,7 +79,7 @@ def train_networks(
     generator: torch.Generator,
     make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     on_step: Callable[[Tensor], None] | None = None,
-    at_once: int = 16,
+    at_once: int = 32,
 ) -> Iterator[dict[str, Tensor]]:
     """
     Trains on batches in random order, the last incomplete one left out; the schedule moves after each batch.
