@@ -1,7 +1,7 @@
 """Trains a D2NWG weight generator: VAE over weight tokens, gate, latent diffusion, calibration, pipeline folder.
 
 accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
-accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters
+accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters, or of networks on images
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
 """
 
@@ -15,9 +15,11 @@ from accelerate import Accelerator
 
 from hf_weightgen.evaluation.baselines import average, gaussian
 from hf_weightgen.hub.cards import write_card
+from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
+from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.d2nwg import (
     GateError,
@@ -30,9 +32,12 @@ from hf_weightgen.training.d2nwg import (
     reconstruct,
     scaled_latents,
 )
+from hf_weightgen.training.dataset_encoder import dataset_loss
+from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.sources import digits_source, text_source
+from hf_weightgen.zoo.folder import load_zoo
 
 
 def parse_args():
@@ -40,9 +45,10 @@ def parse_args():
     add = parser.add_argument
     add(
         "--zoo",
-        help="Folder or Hub id of a zoo of LoRA adapters. Default: small networks on digits, built on the spot.",
+        help="Folder or Hub id of a zoo. Default: small networks on digits, built on the spot.",
     )
-    add("--data_root", help="Folder with datasets under their Hub ids, for the gate's test sets of a text zoo.")
+    add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
+    add("--data_root", help="Folder with datasets under their Hub ids, from which networks learn and are tested.")
     add(
         "--output_dir",
         type=Path,
@@ -53,7 +59,8 @@ def parse_args():
     add("--vae_steps", type=int, help="Steps of the autoencoder.")
     add("--task_steps", type=int, help="Further steps of it in which decoded adapters read sentences; 0 for none.")
     add("--task_batch_size", type=int, default=16, help="Rows per such step; one in four reads.")
-    add("--task_learning_rate", type=float, default=3e-4)
+    add("--task_learning_rate", type=float)
+    add("--dataset_steps", type=int, default=1000, help="Steps of the dataset encoder, of zoos on images.")
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
     add("--learning_rate", type=float, default=1e-3)
@@ -90,11 +97,12 @@ def main():
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     encoder = load_encoder(MINILM)
-    source = (
-        digits_source(encoder, args.networks, args.seed)
-        if args.zoo is None
-        else text_source(encoder, args.zoo, args.data_root, accelerator.mixed_precision == "bf16")
-    )
+    if args.zoo is None:
+        source = digits_source(encoder, args.networks, args.seed)
+    elif "base_model" in load_zoo(args.zoo)[0]["arch"]:
+        source = text_source(encoder, args.zoo, args.data_root, accelerator.mixed_precision == "bf16")
+    else:
+        source = image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
     zoo, held_out = source.train, source.held_out
     accelerator.print(
         f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.prompted_tasks)} tasks ({time.perf_counter() - start:.0f} s)"
@@ -130,12 +138,32 @@ def main():
         loop(vae_steps),
         "vae",
     )
+    dataset_encoder = None
+    if source.features is not None:
+        fit_latent_scale(vae, *encode(vae, zoo))
+        latents = vae.scale(encode(vae, zoo)[0])
+        dataset_encoder = DatasetEncoder(
+            DatasetEncoderConfig(feature_size=source.features[0].shape[-1], latent_size=latents.shape[1])
+        )
+        train(
+            accelerator,
+            dataset_encoder,
+            lambda m, r: dataset_loss(m, source.features, latents, source.train, r),
+            loop(args.dataset_steps),
+            "dataset-encoder",
+        )
+        source.add_datasets(dataset_encoder.eval(), args.seed)
+        zoo = source.train
     if task_steps:
         train(
             accelerator,
             vae,
-            lambda m, r: vae_loss(m, zoo, r, source.task_loss),
-            loop(task_steps, train_batch_size=args.task_batch_size, learning_rate=args.task_learning_rate),
+            lambda m, r: vae_loss(m, zoo, r, source.task_loss, source.task_reconstruction),
+            loop(
+                task_steps,
+                train_batch_size=args.task_batch_size,
+                learning_rate=args.task_learning_rate or source.task_learning_rate,
+            ),
             "vae-task",
         )
     original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
@@ -172,6 +200,9 @@ def main():
         scheduler=scheduler,
         weight_tokenizer=source.tokenizer,
         target=source.target,
+        targets=source.targets,
+        dataset_encoder=dataset_encoder,
+        image_encoder=source.image_encoder,
         tasks=source.known_tasks,
         encoder={"id": MINILM, "revision": None, "sha256": PACKAGED[MINILM][1]},
         prediction_type=args.prediction_type,

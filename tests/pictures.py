@@ -1,11 +1,14 @@
-"""Small image datasets for tests, written as the Hub keeps them."""
+"""Small image datasets and an image encoder for tests, written as the Hub keeps them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import MobileNetV1Config, MobileNetV1Model
 
 from hf_weightgen.targets.tasks import TaskSpec
 
@@ -25,3 +28,17 @@ def write(folder: Path, **splits: list[Image.Image]) -> TaskSpec:
         Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-0.parquet")
     test = "test" if "test" in splits else None
     return TaskSpec(folder.name, str(folder), "label", ("dark", "light"), image_column="image", test_split=test)
+
+
+def image_encoder(folder: Path) -> Path:
+    """A MobileNet with random weights, which reads images of 32 x 32."""
+    torch.manual_seed(0)
+    folder = folder / "encoder"
+    MobileNetV1Model(MobileNetV1Config(depth_multiplier=0.25, image_size=32, initializer_range=0.3)).save_pretrained(
+        folder
+    )
+    sides = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(sides | {"image_processor_type": "MobileNetV1ImageProcessor"})
+    )
+    return folder

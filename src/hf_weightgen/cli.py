@@ -120,7 +120,7 @@ def _classify(output, index: int, texts: list) -> list[dict]:
 
     from .targets.base_models import load_tokenizer
 
-    model, tokenizer = output.to_model(index), load_tokenizer(output.target["base_model"])
+    model, tokenizer = output.to_model(index), load_tokenizer(output.targets[index]["base_model"])
     tried = []
     for text in texts:
         first, second = text if isinstance(text, tuple) else (text, None)

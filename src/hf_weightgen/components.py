@@ -15,12 +15,14 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .models.modeling_dataset_encoder import DatasetEncoder
 from .models.modeling_denoiser import WeightDenoiser
 from .models.modeling_weight_vae import WeightVAE
 from .weights.tokenization import WeightTokenizer
 
 
 __all__ = [
+    "DatasetEncoder",
     "DiffusionPipeline",
     "FeatureExtractionMixin",
     "ImageProcessingMixin",

@@ -183,7 +183,7 @@ def test_latents_cannot_be_saved(pipe, tmp_path):
 
 
 def test_an_unknown_base_model_is_named(output):
-    output.target = output.target | {"base_model": "acme/none"}
+    output.targets = [output.targets[0] | {"base_model": "acme/none"}]
     with pytest.raises(FileNotFoundError, match="'acme/none' was not found"):
         output.to_model(0)
 

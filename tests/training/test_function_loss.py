@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, architecture, mlp
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer
 from hf_weightgen.targets.functional import BIAS, WEIGHT, AdapterTarget
 from hf_weightgen.training.batches import StepRandom, ZooTensors
-from hf_weightgen.training.function_loss import EVERY, AdapterLoss, BatchDecoder
+from hf_weightgen.training.function_loss import EVERY, AdapterLoss, BatchDecoder, NetworkLoss
 from hf_weightgen.weights.tokenization import WeightTokenizer
 from hf_weightgen.zoo.recipe import lora_config
 from tiny import adapter
@@ -103,3 +104,75 @@ def test_training_lowers_it_for_the_classes_of_a_task(zoo, loss_of):
     assert losses[-1] < losses[0] / 2
     assert not torch.equal(tokens[0], rows.weight_tokens[0])
     assert torch.equal(tokens[1], rows.weight_tokens[0])  # one row in four reads
+
+
+NETWORKS = {
+    "grey": (architecture("tiny-cnn", 3, 1), 0),
+    "flat": (TargetConfig(input_shape=[6], layers=mlp(5), num_classes=2), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Two tasks, whose networks differ in everything, with their images."""
+    torch.manual_seed(0)
+    names = [name for name in NETWORKS for _ in range(3)]
+    models = [TargetModel(NETWORKS[name][0]).eval() for name in names]
+    state_dicts = [{n: t.detach().clone() for n, t in model.state_dict().items()} for model in models]
+    tokenizer = WeightTokenizer.fit(state_dicts, token_size=64, head=HEAD)
+    classes = {name: config.num_classes for name, (config, _) in NETWORKS.items()}
+    embeds = {name: torch.randn(1, count, 8) for name, count in classes.items()}
+    prompts = {name: torch.randn(1, 8) for name in classes}
+    rows = ZooTensors.of(tokenizer, state_dicts, names, embeds, prompts, {name: name for name in classes})
+    images = [
+        (torch.randn(40, *config.input_shape), torch.randint(config.num_classes, (40,)))
+        for config, _ in NETWORKS.values()
+    ]
+    return tokenizer, rows, images, models
+
+
+def network_loss(networks, **settings) -> NetworkLoss:
+    tokenizer, rows, images, _ = networks
+    return NetworkLoss(tokenizer, rows, list(NETWORKS.values()), images, probe=16, **settings)
+
+
+def test_undisturbed_networks_have_the_loss_that_each_has_alone(networks):
+    _, rows, images, models = networks
+    index = torch.tensor([0, 3, 4, 2, 5, 1, 0, 3])
+    found = network_loss(networks, noise=0.0)(rows.weight_tokens[index], None, index, draws(3))
+    expected = 0.0
+    for i in index.tolist():
+        task = int(rows.task_of[i])
+        seen = draws(3).shared_integers(40, 16, purpose=60 + task)
+        expected += models[i](images[task][0][seen], images[task][1][seen]).loss / len(index)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_disturbance_grows_and_is_that_of_the_zoo(networks):
+    _, rows, _, _ = networks
+    index, seen = torch.arange(6).repeat(2)[:TOTAL], []
+    loss_of = network_loss(networks, noise=1.0, ramp=10)
+    for task, decoder in enumerate(loss_of.decoders):
+        loss_of.decoders[task] = lambda tokens, task=task, decoder=decoder: (
+            seen.append((task, tokens)) or decoder(tokens)
+        )
+    for step in (0, 5, 400):
+        loss_of(rows.weight_tokens[index], None, index, draws(step))
+    spread = rows.weight_tokens[rows.task_of == 0].std(0)
+    lengths = [
+        (t - rows.weight_tokens[index[rows.task_of[index] == 0]]).norm() / spread.norm()
+        for task, t in seen
+        if task == 0
+    ]
+    assert lengths[0] == 0 and 0.3 < lengths[1] / lengths[2] < 0.7
+    count = int((rows.task_of[index] == 0).sum())
+    assert 0.8 < lengths[2] / count**0.5 < 1.2
+
+
+def test_shares_of_a_batch_of_networks_add_up(networks):
+    _, rows, _, _ = networks
+    index, loss_of = torch.arange(6).repeat(2)[:TOTAL], network_loss(networks, noise=0.3)
+    whole = loss_of(rows.weight_tokens[index], None, index, draws(600))
+    parts = [slice(0, TOTAL // 2), slice(TOTAL // 2, TOTAL)]
+    shares = [loss_of(rows.weight_tokens[index[p]], None, index[p], draws(600, p)) for p in parts]
+    torch.testing.assert_close(sum(shares) / 2, whole)

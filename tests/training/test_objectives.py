@@ -98,13 +98,17 @@ def test_the_function_loss_sees_all_classes_in_their_order(tiny_zoo):
 
     with torch.no_grad():
         model.from_latent[0].weight.zero_()  # the decoder then sees class names alone
-        loss = vae_loss(model, tiny_zoo, draws(), function_loss, weight=2.0)
-        plain = vae_loss(model, tiny_zoo, draws(), lambda *_: torch.tensor(0.0))
+        loss = vae_loss(model, tiny_zoo, draws(), function_loss)
+        plain, double, without = (
+            vae_loss(model, tiny_zoo, draws(), lambda *_: torch.tensor(0.0), weight) for weight in (1.0, 2.0, 0.0)
+        )
         random = draws()
         rows = tiny_zoo.draw_rows(random)
         names = tiny_zoo.names(tiny_zoo.task_of[rows], random)
         expected = model.decode(torch.zeros(TOTAL, 4), names)
-    torch.testing.assert_close(loss, plain + 14.0)
+    torch.testing.assert_close(loss, plain + 7.0)
+    assert double > plain
+    torch.testing.assert_close(double - plain, plain - without)
     assert torch.equal(seen["rows"], rows) and torch.equal(seen["truth"], tiny_zoo.weight_tokens[rows])
     torch.testing.assert_close(seen["decoded"], expected)
 

@@ -394,3 +394,28 @@ def test_layouts_are_checked_when_a_tokenizer_is_built():
         WeightTokenizer(13, [layout, Layout(layout.tensors[::-1])])
     with pytest.raises(ValueError, match="'a' needs a finite mean and a positive std"):
         WeightTokenizer(4, [[{"name": "a", "shape": [2], "dtype": "float32", "head": False, "std": 0.0}]])
+
+
+@quick
+@given(st.integers(0, 2**31))
+def test_layouts_side_by_side_have_places_of_their_own_and_come_back(seed):
+    torch.manual_seed(seed)
+    shapes = [{"a": (3, 4), "head": (2, 3)}, {"a": (5, 4), "b": (7,), "head": (3, 3)}]
+    zoo = [{name: torch.randn(shape) for name, shape in shapes[i % 2].items()} for i in range(4)]
+    tokenizer = WeightTokenizer.fit(zoo, token_size=4, head=["head"])
+    encoded = tokenizer(zoo)
+    wide, mask = (
+        tokenizer.side_by_side(encoded[name], encoded["layout_ids"], encoded["num_classes"])
+        for name in ("weight_tokens", "padding_mask")
+    )
+    N = tokenizer.num_all_body_tokens
+    assert wide.shape == (4, N + 3, 4) and N == sum(tokenizer.num_body_tokens(k) for k in range(2))
+    assert mask.sum((1, 2)).tolist() == [sum(tensor.numel() for tensor in member.values()) for member in zoo]
+    assert not wide[~mask].any()
+    for i, member in enumerate(zoo):
+        k, classes = int(encoded["layout_ids"][i]), len(member["head"])
+        other = tokenizer.places(1 - k)
+        assert not mask[i, other].any()
+        (back,) = tokenizer.decode(tokenizer.own_tokens(wide[i : i + 1], k), [k], [classes])
+        for name, tensor in member.items():
+            torch.testing.assert_close(back[name], tensor)

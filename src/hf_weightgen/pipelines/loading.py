@@ -38,7 +38,7 @@ NUMBERS = {  # setting of an index -> its range and types
     "known_above": (-1, 1, (int, float)),
 }
 LARGEST_SETTING = 1_000_000  # of a scheduler, which allocates as many numbers
-MOST_TASKS, MOST_LABELS, LONGEST_NAME = 10_000, 10_000, 200
+MOST_TASKS, MOST_LABELS, LONGEST_NAME, MOST_TARGETS = 10_000, 10_000, 200, 1_000
 LORA_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "bias", "task_type", "target_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
@@ -49,6 +49,7 @@ CLASSES = {
         (COMPONENTS, "WeightDenoiser"): components.WeightDenoiser,
         ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel,
     },
+    "dataset_encoder": {(COMPONENTS, "DatasetEncoder"): components.DatasetEncoder},
     "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
 }
 WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?\.safetensors")
@@ -205,7 +206,41 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
     Raises:
         ValueError: If a setting has another type or range than a generator works with; the message names it.
     """
-    target, encoder, tasks = config.get("target"), config.get("encoder"), config.get("tasks")
+    targets, tasks = config.get("targets"), config.get("tasks")
+    if targets is not None and not (isinstance(targets, list) and 1 <= len(targets) <= MOST_TARGETS):
+        raise ValueError(f"`targets` must list 1 to {MOST_TARGETS} of them, or be absent.")
+    for target in [config.get("target"), *(targets or [])]:
+        _check_target(target)
+    for name in ("encoder", "image_encoder"):
+        _check_encoder(name, config.get(name))
+    if not isinstance(tasks, list) or not 1 <= len(tasks) <= MOST_TASKS:
+        raise ValueError(f"`tasks` must list 1 to {MOST_TASKS:,} known tasks.")
+    for task in tasks:
+        match task:
+            case {
+                "name": name,
+                "family": family,
+                "labels": [_, _, *_] as labels,
+                "prompt_embeddings": str(packed),
+            } if all(map(_is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
+                if not unpack_embeddings(packed, embedding_size).isfinite().all():
+                    raise ValueError(f"`tasks`: the prompt embeddings of {name!r} are not finite.")
+                number = task.get("target", 0)
+                if type(number) is not int or not 0 <= number < len(targets or [0]):
+                    raise ValueError(
+                        f"`tasks`: the target of {name!r} is {str(number)[:60]!r}, there are {len(targets or [0])}."
+                    )
+            case _:
+                raise ValueError(
+                    f"`tasks` holds {str(task)[:200]}, which has no name, family, different labels and prompt embeddings."
+                )
+    for name, (low, high, kinds) in NUMBERS.items():
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {str(value)[:60]!r}.")
+
+
+def _check_target(target: object) -> None:
     match target:
         case {"kind": "adapter", "base_model": str(base), "lora": {"r": int(), "task_type": "SEQ_CLS"} as lora}:
             if not is_repo_id(base):
@@ -224,32 +259,17 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
             raise ValueError(
                 f"`target` {str(target)[:200]} is neither an adapter with base model and `lora`, nor a network."
             )
+    if type(target.get("layout", 0)) is not int or target.get("layout", 0) < 0:
+        raise ValueError(f"`targets`: `layout` must be the number of a layout, got {str(target['layout'])[:60]!r}.")
+
+
+def _check_encoder(name: str, encoder: object) -> None:
     if encoder is not None and not (
         isinstance(encoder, Mapping)
         and is_repo_id(encoder.get("id"))
-        and all(isinstance(encoder.get(name), (str, type(None))) for name in ("revision", "sha256"))
+        and all(isinstance(encoder.get(key), (str, type(None))) for key in ("revision", "sha256"))
     ):
-        raise ValueError(f"`encoder` must name a model by its `id` on the Hub, got {str(encoder)[:200]}.")
-    if not isinstance(tasks, list) or not 1 <= len(tasks) <= MOST_TASKS:
-        raise ValueError(f"`tasks` must list 1 to {MOST_TASKS:,} known tasks.")
-    for task in tasks:
-        match task:
-            case {
-                "name": name,
-                "family": family,
-                "labels": [_, _, *_] as labels,
-                "prompt_embeddings": str(packed),
-            } if all(map(_is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
-                if not unpack_embeddings(packed, embedding_size).isfinite().all():
-                    raise ValueError(f"`tasks`: the prompt embeddings of {name!r} are not finite.")
-            case _:
-                raise ValueError(
-                    f"`tasks` holds {str(task)[:200]}, which has no name, family, different labels and prompt embeddings."
-                )
-    for name, (low, high, kinds) in NUMBERS.items():
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {str(value)[:60]!r}.")
+        raise ValueError(f"`{name}` must name a model by its `id` on the Hub, got {str(encoder)[:200]}.")
 
 
 def write_stubs(folder: str | Path) -> None:

@@ -26,6 +26,7 @@ from ..targets.tasks import TASKS
 
 
 CODE = "modeling_target"
+KEPT = ("labels", "tasks", "prompts", "seeds", "targets")  # of an output, one entry per sample
 CONFIGS = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "network": ("config.json", "model.safetensors"),
@@ -45,7 +46,7 @@ class WeightGenOutput(BaseOutput):
         tasks (`list[str]`): Per sample the known task whose prompts are nearest.
         prompts (`list[str]`): Per sample the prompt.
         seeds (`list[int]`): Per sample the seed of its noise.
-        target (`dict`): What receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
+        targets (`list[dict]`): Per sample what receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
             `{"kind": "network", "config": {...}}`.
         latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
         generator_id (`str`): Where the generator was loaded from.
@@ -58,7 +59,7 @@ class WeightGenOutput(BaseOutput):
     tasks: list
     prompts: list
     seeds: list
-    target: dict
+    targets: list
     latents: Tensor
     generator_id: str
     generator_revision: str | None = None
@@ -76,18 +77,16 @@ class WeightGenOutput(BaseOutput):
         count = len(self.weights)
         if not -count <= index < count:
             raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
-        weights, names = self.weights[index], self.labels[index]
+        weights, names, target = self.weights[index], self.labels[index], self.targets[index]
         id2label = dict(enumerate(names))
         label2id = {name: i for i, name in id2label.items()}
-        if self.target["kind"] == "network":
-            config = TargetConfig(
-                **self.target["config"], num_classes=len(names), id2label=id2label, label2id=label2id
-            )
+        if target["kind"] == "network":
+            config = TargetConfig(**target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
             model = TargetModel(config)
             model.load_state_dict(weights)
             return model.eval()
-        base = load_classifier(self.target["base_model"], len(names), id2label=id2label, label2id=label2id)
-        model = get_peft_model(base, LoraConfig(**self.target["lora"]))
+        base = load_classifier(target["base_model"], len(names), id2label=id2label, label2id=label2id)
+        model = get_peft_model(base, LoraConfig(**target["lora"]))
         places = {
             name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
         }
@@ -95,7 +94,7 @@ class WeightGenOutput(BaseOutput):
         wrong = [name for name in places | came if places.get(name) != came.get(name)]
         if wrong:
             raise ValueError(
-                f"The base model {self.target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
+                f"The base model {target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
                 f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
             )
         set_peft_model_state_dict(model, weights)
@@ -138,13 +137,11 @@ class WeightGenOutput(BaseOutput):
         return folders
 
     def _write(self, index: int, folder: Path) -> None:
-        names = self.labels[index]
-        if self.target["kind"] == "network":
+        names, target = self.labels[index], self.targets[index]
+        if target["kind"] == "network":
             self.to_model(index).save_pretrained(folder)
         else:
-            config = LoraConfig(
-                **self.target["lora"], base_model_name_or_path=self.target["base_model"], inference_mode=True
-            )
+            config = LoraConfig(**target["lora"], base_model_name_or_path=target["base_model"], inference_mode=True)
             config.save_pretrained(folder)
             tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -154,8 +151,8 @@ class WeightGenOutput(BaseOutput):
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
         write_card(
             folder,
-            kind=self.target["kind"],
-            base_model=self.target.get("base_model"),
+            kind=target["kind"],
+            base_model=target.get("base_model"),
             labels=names,
             prompt=self.prompts[index],
             seed=self.seeds[index],
@@ -220,7 +217,7 @@ class WeightGenOutput(BaseOutput):
                 raise TypeError(f"`indices` must hold whole numbers, got {i!r}.")
             if not -count <= i < count:
                 raise IndexError(f"There is no sample {i}: choose among the {count} of this output, counted from 0.")
-        kept = {name: [getattr(self, name)[i] for i in indices] for name in ("labels", "tasks", "prompts", "seeds")}
+        kept = {name: [getattr(self, name)[i] for i in indices] for name in KEPT}
         weights = [self.weights[i] for i in indices] if self.weights else []
         command = self.command if indices == list(range(count)) else None  # it would make other samples too
         return replace(self, weights=weights, latents=self.latents[indices], command=command, **kept)

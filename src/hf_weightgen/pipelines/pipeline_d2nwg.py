@@ -1,4 +1,4 @@
-"""D2NWG: latent diffusion over weights, conditioned on text.
+"""D2NWG: latent diffusion over weights, conditioned on text, on a dataset, or on both.
 
 Reference: Diffusion-based Neural Network Weights Generation (https://huggingface.co/papers/2402.18153), section 3.4,
 eq. 6 for sampling; classifier-free guidance: https://huggingface.co/papers/2207.12598.
@@ -12,12 +12,15 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import TargetConfig, TargetModel
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
+from .examples import examples_of
 from .loading import check_settings
 from .output import WeightGenOutput
 from .pipeline_utils import MismatchWarning, WeightGenPipeline
@@ -28,17 +31,21 @@ MAX_GUIDANCE = 100  # beyond it latents, and then weights, overflow
 
 class D2NWGPipeline(WeightGenPipeline):
     r"""
-    Generates LoRA adapters or small networks from a description of the task.
+    Generates LoRA adapters or small networks from a description of the task, or from a few examples of each class.
 
     Args:
         vae ([`WeightVAE`]): Weight tokens <-> latents.
         unet (`UNet2DConditionModel` or [`WeightDenoiser`]): Predicts noise, velocity or flow of latents.
         scheduler (`SchedulerMixin`): Any scheduler of diffusers with the prediction type that `unet` was trained for.
         weight_tokenizer ([`WeightTokenizer`]): State dicts <-> weight tokens.
-        target (`dict`): See [`WeightGenOutput`].
+        target (`dict`): What receives the weights, see [`WeightGenOutput`]; with `targets`, the first of them.
+        targets (`list[dict]`, *optional*): All of them, each with the `layout` of `weight_tokenizer` that it has.
         tasks (`list[dict]`): Known tasks: `name`, `family`, `labels`, `prompt_embeddings` (centres of its
-            training prompts, see [`~targets.base_models.pack_embeddings`]).
+            training prompts, see [`~targets.base_models.pack_embeddings`]), and the number of its `target`.
         encoder (`dict`): `id`, `revision` and `sha256` of the frozen text encoder.
+        dataset_encoder ([`DatasetEncoder`], *optional*): Examples -> embeddings where those of texts are.
+        image_encoder (`dict`, *optional*): The frozen encoder of a dataset's images, as `encoder`; without it a dataset has
+            texts.
         prediction_type (`str`): What `unet` predicts.
         far_below (`float`): Prompts whose cosine to the nearest known task is lower are reported as far.
         known_above (`float`): Only of prompts whose cosine is at least this the pipeline judges whether the class names fit:
@@ -65,6 +72,9 @@ class D2NWGPipeline(WeightGenPipeline):
         guidance_scale: float = 1.0,
         text_encoder=None,
         tokenizer=None,
+        dataset_encoder: DatasetEncoder | None = None,
+        targets: list | None = None,
+        image_encoder: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -74,11 +84,14 @@ class D2NWGPipeline(WeightGenPipeline):
             weight_tokenizer=weight_tokenizer,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            dataset_encoder=dataset_encoder,
         )
         self.register_to_config(
             target=target,
+            targets=targets,
             tasks=tasks,
             encoder=encoder,
+            image_encoder=image_encoder,
             prediction_type=prediction_type,
             far_below=far_below,
             known_above=known_above,
@@ -108,16 +121,36 @@ class D2NWGPipeline(WeightGenPipeline):
         shape = unet.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
         if tuple(vae.latent_shape) != shape:
             raise ValueError(f"latents have the shape {tuple(vae.latent_shape)}, the denoiser reads {shape}.")
-        target, tensors = self.config.target, {spec.name: spec.shape for spec in tokenizer.layouts[0].tensors}
-        ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
-        if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
-            raise ValueError(f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}.")
-        if target["kind"] == "network":
-            with torch.device("meta"):
-                wanted = dict(TargetModel(TargetConfig(**target["config"], num_classes=2)).named_parameters())
-            body = {name: shape for name, shape in tensors.items() if name not in tokenizer.layouts[0].head}
-            if any(name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()):
-                raise ValueError("`target` describes another network than the tokenizer's tensors.")
+        for target in self.targets:
+            if target["layout"] >= len(tokenizer.layouts):
+                raise ValueError(
+                    f"`targets` names the layout {target['layout']}, the tokenizer has {len(tokenizer.layouts)}."
+                )
+            layout = tokenizer.layouts[target["layout"]]
+            tensors = {spec.name: spec.shape for spec in layout.tensors}
+            ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
+            if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
+                raise ValueError(
+                    f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}."
+                )
+            if target["kind"] == "network":
+                with torch.device("meta"):
+                    wanted = dict(TargetModel(TargetConfig(**target["config"], num_classes=2)).named_parameters())
+                body = {name: shape for name, shape in tensors.items() if name not in layout.head}
+                if any(
+                    name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()
+                ):
+                    raise ValueError("`target` describes another network than the tokenizer's tensors.")
+        if self.dataset_encoder is not None and self.dataset_encoder.config.embedding_size != vae.embedding_size:
+            raise ValueError(
+                f"the dataset encoder makes embeddings of {self.dataset_encoder.config.embedding_size}, the autoencoder reads "
+                f"{vae.embedding_size}."
+            )
+
+    @property
+    def targets(self) -> list[dict]:
+        """What may receive weights, each with its `layout`."""
+        return self.config.get("targets") or [{**self.config.target, "layout": 0}]
 
     @torch.no_grad()
     def __call__(
@@ -133,10 +166,13 @@ class D2NWGPipeline(WeightGenPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         output_type: str = "weights",
         return_dict: bool = True,
+        dataset: object | None = None,
     ) -> WeightGenOutput | tuple:
         r"""
         Args:
             prompt: What the classifier shall do, in a sentence; a list gives `num_samples` weight sets for each.
+            dataset: A few examples of each class, see [`~pipelines.examples.examples_of`], in the place of a prompt or beside
+                one; its class names then are the labels.
             labels: Class names; one list, or one per prompt. Without it, the names of the nearest known task.
             num_samples: Weight sets per prompt.
             num_inference_steps: Steps of the scheduler.
@@ -151,8 +187,16 @@ class D2NWGPipeline(WeightGenPipeline):
         Raises:
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
         """
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("Give either `prompt` or `prompt_embeds`.")
+        if (prompt is None) == (prompt_embeds is None) and (dataset is None or prompt is not None):
+            raise ValueError(
+                "Give `prompt` or `prompt_embeds`."
+                if self.dataset_encoder is None
+                else "Give `prompt`, `dataset`, or both."
+            )
+        if dataset is not None and labels is not None:
+            raise ValueError("`dataset` names its classes itself; leave `labels` out.")
+        if dataset is not None and (prompt_embeds is not None or not isinstance(prompt, (str, type(None)))):
+            raise ValueError("Beside a `dataset` give one `prompt` or none, and no `prompt_embeds`.")
         size = self.vae.config.embedding_size
         if prompt_embeds is not None:
             shape = tuple(getattr(prompt_embeds, "shape", ()))
@@ -185,14 +229,22 @@ class D2NWGPipeline(WeightGenPipeline):
             )
         self._check_scheduler()
 
-        # 1. Conditions: prompt embeddings, and class names from the caller or from the nearest known task
-        prompts = self.check_prompts(prompt) if prompt is not None else ["(embedding)"] * len(prompt_embeds)
-        names = self.check_labels(labels, len(prompts))
-        embeds = self.encoder.embed(prompts) if prompt_embeds is None else prompt_embeds.float().cpu()
+        # 1. Conditions: embeddings of prompts and examples; class names from the caller or from the nearest known task
+        prompts = self.check_prompts(prompt) if prompt is not None else []
+        embeds = self.encoder.embed(prompts) if prompts else prompt_embeds
+        class_embeds, names = None, None
+        if dataset is not None:
+            names, of_dataset, class_embeds = self.encode_dataset(dataset)
+            embeds = of_dataset if embeds is None else F.normalize(embeds + of_dataset, dim=-1)
+            names, prompts = [names], prompts or [f"(dataset of {', '.join(names)})"]
+        prompts = prompts or ["(embedding)"] * len(embeds)
+        embeds = embeds.float().cpu()
+        names = names or self.check_labels(labels, len(prompts))
         nearest = self.nearest_tasks(embeds)
         for text, near in zip(prompts, nearest, strict=True):
             self.warn_if_far(text, near)
         names = names or [list(near[0][0]["labels"]) for near in nearest]
+        targets = [self.targets[near[0][0].get("target", 0)] for near in nearest]
 
         # 2. Every sample has a generator of its own, seeded from its prompt's, which is seeded from the caller's
         of_prompt = [torch.Generator().manual_seed(_draw_seed(generator)) for _ in prompts]
@@ -207,8 +259,12 @@ class D2NWGPipeline(WeightGenPipeline):
         if output_type == "weights":
             for i, labels_of in enumerate(names):
                 part = slice(i * num_samples, (i + 1) * num_samples)
-                known = nearest[i][0][1] >= self.config.known_above
-                weights += self._decode(latents[part], prompts[i], embeds[i], labels_of, known, generators[part])
+                of_classes, fits = class_embeds, True
+                if of_classes is None:
+                    of_classes = self.encoder.embed(labels_of).to(self.vae.device)[None]  # (1, C, E)
+                    known = nearest[i][0][1] >= self.config.known_above
+                    fits = not known or self._fits(prompts[i], embeds[i], of_classes, labels_of)
+                weights += self._decode(latents[part], of_classes, fits, targets[i]["layout"], generators[part])
         self.maybe_free_model_hooks()
         output = WeightGenOutput(
             weights=weights,
@@ -216,7 +272,11 @@ class D2NWGPipeline(WeightGenPipeline):
             tasks=[near[0][0]["name"] for near in nearest for _ in range(num_samples)],
             prompts=[p for p in prompts for _ in range(num_samples)],
             seeds=seeds,
-            target=dict(self.config.target),
+            targets=[
+                {name: value for name, value in target.items() if name != "layout"}
+                for target in targets
+                for _ in range(num_samples)
+            ],
             latents=latents,
             generator_id=self.source,
             generator_revision=self.revision,
@@ -249,33 +309,56 @@ class D2NWGPipeline(WeightGenPipeline):
                 latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
         return latents.float()
 
-    def _decode(
-        self, latents: Tensor, prompt: str, embed: Tensor, names: list[str], known: bool, generators: list
-    ) -> list[dict]:
+    def encode_dataset(self, dataset: object) -> tuple[list[str], Tensor, Tensor]:
+        """Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)` and those of its classes `(1, C, E)`."""
+        if self.dataset_encoder is None:
+            raise ValueError("This generator reads prompts, no datasets: it has no dataset encoder.")
+        names, examples = examples_of(dataset)
+        flat, kind = (
+            [example for own in examples for example in own],
+            "texts" if self.config.image_encoder is None else "images",
+        )
+        if isinstance(flat[0], str) != (kind == "texts"):
+            raise TypeError(f"This generator reads datasets of {kind}, got {type(flat[0]).__name__}.")
+        features = (self.encoder if kind == "texts" else self.image_encoder).embed(flat)  # (sum of n, F)
+        counts = [len(own) for own in examples]
+        padded = torch.nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)[None]  # (1, C, n, F)
+        mask = (torch.arange(padded.shape[2]) < torch.tensor(counts)[:, None])[None]
+        encoder = self.dataset_encoder
+        of_dataset, of_classes = encoder.encode(padded.to(encoder.device, encoder.dtype), mask.to(encoder.device))
+        return names, of_dataset.float().cpu(), of_classes.float()
+
+    def _fits(self, prompt: str, embed: Tensor, class_embeds: Tensor, names: list[str]) -> bool:
+        """Whether class names fit a prompt; warns if they do not."""
         vae = self.vae
-        class_embeds = self.encoder.embed(names).to(vae.device)[None]  # (1, C, E)
         mask = torch.ones(1, len(names), dtype=torch.bool, device=vae.device)
         fit = vae.match(embed[None].to(vae.device, vae.dtype), class_embeds.to(vae.dtype), mask).sigmoid().item()
-        matches = not known or fit >= vae.config.match_threshold
-        if not matches:
+        if fit < vae.config.match_threshold:
             warnings.warn(
                 f"The class names {names[:6]} do not fit the prompt {prompt[:80]!r} (compatibility {fit:.2f}); the classes carry "
                 "no information. Name the classes of the task, describe their task in the prompt, or leave `labels` out.",
                 MismatchWarning,
                 stacklevel=4,  # the caller of the pipeline, past `no_grad`
             )
-        count = vae.config.num_body_tokens + len(names)
+        return fit >= vae.config.match_threshold
+
+    def _decode(self, latents: Tensor, class_embeds: Tensor, fits: bool, layout: int, generators: list) -> list[dict]:
+        vae, tokenizer, classes = self.vae, self.weight_tokenizer, class_embeds.shape[1]
+        count = vae.config.num_body_tokens + classes
         noise = torch.stack([torch.randn(count, vae.config.token_size, generator=g) for g in generators])
         tokens = vae.sample_tokens(
             latents.flatten(1).to(vae.device, vae.dtype),
-            class_embeds.to(vae.dtype).expand(len(latents), -1, -1),
-            matches,
+            class_embeds.to(vae.device, vae.dtype).expand(len(latents), -1, -1),
+            fits,
             noise.to(vae.device, vae.dtype),
         )
-        weights = self.weight_tokenizer.decode(
-            tokens.float().cpu(), num_classes=torch.full((len(latents),), len(names))
+        number = len(latents)
+        weights = tokenizer.decode(
+            tokenizer.own_tokens(tokens.float().cpu(), layout),
+            torch.full((number,), layout),
+            torch.full((number,), classes),
         )
-        head = self.weight_tokenizer.layouts[0].head
+        head = tokenizer.layouts[layout].head
         return [center_head(state_dict, head) for state_dict in weights]
 
     def _check_scheduler(self) -> None:

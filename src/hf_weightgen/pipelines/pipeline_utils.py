@@ -21,6 +21,7 @@ from ..hub.download import download
 from ..hub.errors import explained
 from ..hub.publish import copy_for_publication, upload
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
+from ..targets.image_encoders import ImageEncoder, load_image_encoder
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 
 
@@ -52,7 +53,7 @@ class WeightGenPipeline(DiffusionPipeline):
     The text encoder is frozen and shared, so it is not saved: the config names it, and it is loaded at first use.
     """
 
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer", "dataset_encoder"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -194,6 +195,18 @@ class WeightGenPipeline(DiffusionPipeline):
                 named = self.config.get("encoder") or {"id": MINILM}
                 self._encoder = load_encoder(named["id"], named.get("revision"), sha256=named.get("sha256"))
         return self._encoder
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """The frozen encoder of a dataset's images, loaded at first use."""
+        if getattr(self, "_image_encoder", None) is None:
+            named = self.config["image_encoder"]
+            self._image_encoder = load_image_encoder(named["id"], named.get("revision"), sha256=named.get("sha256"))
+        return self._image_encoder
+
+    @image_encoder.setter
+    def image_encoder(self, encoder: ImageEncoder) -> None:
+        self._image_encoder = encoder
 
     @property
     def source(self) -> str:

@@ -97,7 +97,10 @@ class ZooTensors:
         tasks = list(dict.fromkeys(task_names))
         encoded = tokenizer(state_dicts)
         layouts = encoded["layout_ids"]
-        tokens, mask = (tokenizer.side_by_side(encoded[name], layouts) for name in ("weight_tokens", "padding_mask"))
+        tokens, mask = (
+            tokenizer.side_by_side(encoded[name], layouts, encoded["num_classes"])
+            for name in ("weight_tokens", "padding_mask")
+        )
         widest = tokens.shape[1] - tokenizer.num_all_body_tokens
         padded = []
         for task in tasks:

@@ -127,7 +127,8 @@ def calibrate_noise(
         kept = 1 - 1 / classes  # of independent noise, once the mean over classes is taken out
         class_zoo.append(spread_zoo[T : T + classes].mean() / kept)
         class_gen.append(spread_gen[T : T + classes].mean() / kept)
-    body_zoo, body_gen = torch.stack(body_zoo).mean(0), torch.stack(body_gen).mean(0)
+    present = (torch.stack(body_zoo) > 0).sum(0).clamp(min=1)  # tasks whose layout has the token
+    body_zoo, body_gen = (torch.stack(spread).sum(0) / present for spread in (body_zoo, body_gen))
     class_zoo, class_gen = torch.stack(class_zoo).mean(), torch.stack(class_gen).mean()
     vae.body_noise.copy_((body_zoo - body_gen).clamp(min=0).sqrt())
     vae.class_noise.copy_((class_zoo - class_gen).clamp(min=0).sqrt())

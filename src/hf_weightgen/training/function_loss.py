@@ -1,4 +1,4 @@
-"""What decoded weights do, as a loss: generated adapters read sentences of their task.
+"""What decoded weights do, as a loss: generated adapters read sentences of their task, generated networks see its images.
 
 Weight-space error says little about accuracy: directions that matter and directions that do not count alike. And a
 decoder that only copies a zoo cannot be better than it. So a last part of the autoencoder's training asks the decoded
@@ -9,7 +9,7 @@ Notation: b rows of a batch; T body tokens, C classes, S scalars per token.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
+from ..targets.architectures import TargetConfig
 from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
+from ..targets.stacked import images_last, stacked_logits
 from ..weights.tokenization import WeightTokenizer
 from .batches import StepRandom, ZooTensors
 
@@ -47,6 +49,54 @@ class BatchDecoder:
         """`(b, T + C or more, S)` to state dicts stacked: `{name: (b, *shape)}`."""
         flat = tokens[:, : self.tokens].flatten(1)
         return {name: flat[:, place] * self.std[name] + self.mean[name] for name, place in self.place.items()}
+
+
+class NetworkLoss:
+    """
+    Cross-entropy of decoded networks on training images of their tasks, a mean over networks and images.
+
+    The decoded weights are disturbed: what a network does must not hang on the exact value of any weight. That leaves room for
+    samples that differ in their weights as the zoo's members do, and work.
+
+    Args:
+        targets: Per task its network and the number of its layout.
+        images: Per task inputs `(n, *input_shape)` and class ids `(n,)`.
+        noise: Std of the disturbance, in that of the zoo's members of a task.
+        ramp: Steps until the disturbance is whole.
+        probe: Images that a network sees in a step.
+    """
+
+    def __init__(
+        self,
+        weight_tokenizer: WeightTokenizer,
+        zoo: ZooTensors,
+        targets: Sequence[tuple[TargetConfig, int]],
+        images: Sequence[tuple[Tensor, Tensor]],
+        noise: float = 0.5,
+        ramp: int = 500,
+        probe: int = 64,
+    ):
+        self.zoo, self.targets, self.images, self.probe = zoo, targets, images, probe
+        self.noise, self.ramp = noise, ramp
+        self.decoders = [
+            BatchDecoder(weight_tokenizer, int(zoo.class_mask[task].sum()), layout)
+            for task, (_, layout) in enumerate(targets)
+        ]
+        self.spread = torch.stack(
+            [zoo.weight_tokens[zoo.task_of == task].std(0) for task in range(len(targets))]
+        )  # (tasks, T + C, S)
+
+    def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
+        """See [`~training.objectives.vae_loss`]; the originals `truth` are not asked."""
+        tasks, loss = self.zoo.task_of[index], tokens.new_zeros(())
+        scale = self.noise * min(1.0, random.step / self.ramp)
+        tokens = tokens + scale * self.spread[tasks] * random.normal(*tokens.shape[1:], purpose=24)
+        for task in tasks.unique().tolist():
+            rows, (config, _), (inputs, labels) = tasks == task, self.targets[task], self.images[task]
+            seen = random.shared_integers(len(labels), self.probe, purpose=60 + task)
+            logits = stacked_logits(config, self.decoders[task](tokens[rows]), images_last(inputs[seen][None]))
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[seen].repeat(len(logits)), reduction="sum")
+        return loss / (len(index) * self.probe)
 
 
 class AdapterLoss:

@@ -20,7 +20,11 @@ PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classif
 
 
 def vae_loss(
-    vae: nn.Module, zoo: ZooTensors, random: StepRandom, function_loss: Callable | None = None, weight: float = 1.0
+    vae: nn.Module,
+    zoo: ZooTensors,
+    random: StepRandom,
+    function_loss: Callable | None = None,
+    reconstruction_weight: float = 1.0,
 ) -> Tensor:
     """
     Eq. 1 on a batch, with the compatibility of prompts and class names.
@@ -28,6 +32,7 @@ def vae_loss(
     Args:
         function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
             the decoded networks are from the originals'. Weight-space error says little about accuracy.
+        reconstruction_weight: Of weight-space error beside it.
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
@@ -51,7 +56,8 @@ def vae_loss(
         return output.loss
     in_order = torch.cat([torch.arange(T).expand(len(rows), T), T + shown.argsort(1)], 1)
     decoded = _take(output.weight_tokens, in_order)
-    return output.loss + weight * function_loss(decoded, zoo.weight_tokens[rows], rows, random)
+    loss = output.loss + (reconstruction_weight - 1) * output.reconstruction_loss
+    return loss + function_loss(decoded, zoo.weight_tokens[rows], rows, random)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
@@ -26,6 +27,7 @@ from ..zoo.schema import zoo_state_dicts
 from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
+from .dataset_encoder import with_datasets
 from .function_loss import AdapterLoss, BatchDecoder
 
 
@@ -41,12 +43,15 @@ class Source:
         train, held_out: The rows, see [`ZooTensors`].
         runs: per task of `train`, one row number per independent run.
         vae_steps: Steps of the autoencoder with `function_loss`, see [`~training.objectives.vae_loss`].
-        task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does.
+        task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does, and the weight of
+            weight-space error in them.
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
         thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
+        targets: All targets, where the zoo has several; `target` is the first of them.
+        features: Per task `(C, pool, F)`: examples of its classes as `image_encoder` sees them, for a dataset encoder.
     """
 
     tokenizer: WeightTokenizer
@@ -63,10 +68,15 @@ class Source:
     function_loss: Callable | None = None
     task_steps: int = 0
     task_loss: Callable | None = None
+    task_reconstruction: float = 1.0
+    task_learning_rate: float = 3e-4
     name_projection: tuple[Tensor, Tensor] | None = None
     majority: dict[str, tuple[float, int]] = field(default_factory=dict)
     zoo_scores: dict[str, float] = field(default_factory=dict)
     samples: int = 20
+    targets: list[dict] | None = None
+    features: list[Tensor] | None = None
+    image_encoder: dict | None = None
 
     def initialise(self, vae: WeightVAE) -> None:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""
@@ -81,6 +91,11 @@ class Source:
                 vae.name_projection.weight.zero_()
                 vae.name_projection.weight[:size] = weight.mT / stats[0][1]
                 vae.name_projection.weight[size] = bias / stats[1][1]
+
+    def add_datasets(self, encoder: DatasetEncoder, seed: int) -> None:
+        """From now on a task is asked for by its dataset too, see [`with_datasets`]."""
+        self.train = with_datasets(self.train, encoder, self.features, seed)
+        self.known_tasks, self.thresholds = known_tasks(self.known_tasks, self.train.prompt_embeds)
 
     def _scale(self, name: str) -> tuple[float, float]:
         entry = next(e for e in self.tokenizer.to_dict()["layouts"][0] if e["name"] == name)
@@ -126,28 +141,28 @@ def decode_rows(
     return state_dicts
 
 
-def _known(tasks, prompt_embeds: Mapping[str, Tensor]) -> tuple[list[dict], dict[str, float]]:
+def known_tasks(tasks: Iterable[Mapping], prompt_embeds: Iterable[Tensor]) -> tuple[list[dict], dict[str, float]]:
     """
     Known tasks for the pipeline's config, and two cosines to the nearest known prompts: far under that of any prompt of
     their own, and above which nearly all of their own lie.
+
+    Args:
+        tasks: What is told of each; prompt_embeds: `(P, E)` of each.
     """
     known, cosines = [], []
-    for task in tasks:
-        embeds = prompt_embeds[task.name]
+    for task, embeds in zip(tasks, prompt_embeds, strict=True):
         # a task is asked for in ways that are far apart, by its dataset's name or in plain words: one centre is too few
         clusters = KMeans(min(PROMPT_CENTRES, len(embeds)), n_init=4, random_state=0).fit(embeds.numpy())
         centres = F.normalize(torch.from_numpy(clusters.cluster_centers_), dim=1)
         cosines.append((embeds @ centres.mT).amax(1))
-        known.append(
-            {
-                "name": task.name,
-                "family": getattr(task, "family", task.name),
-                "labels": list(task.labels),
-                "prompt_embeddings": pack_embeddings(centres),
-            }
-        )
+        known.append({**task, "prompt_embeddings": pack_embeddings(centres)})
     low = torch.cat(cosines).quantile(0.02).item()
     return known, {"far_below": round(low - 0.1, 3), "known_above": round(low, 3)}
+
+
+def told(task) -> dict:
+    """What a generator says of a task that it knows."""
+    return {"name": task.name, "family": getattr(task, "family", task.name), "labels": list(task.labels)}
 
 
 def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
@@ -189,7 +204,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
                 loss = loss + F.kl_div(guess, target, reduction="sum", log_target=True) / (len(index) * probe.shape[1])
         return loss
 
-    known, thresholds = _known(TASKS, prompts)
+    known, thresholds = known_tasks(map(told, TASKS), [prompts[task.name] for task in TASKS])
     return Source(
         tokenizer,
         train,
@@ -258,7 +273,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
         return target.accuracy(list(state_dicts), test_buckets(task))
 
-    known, thresholds = _known(specs, prompts)
+    known, thresholds = known_tasks(map(told, specs), [prompts[spec.name] for spec in specs])
     source = Source(
         tokenizer,
         parts["train"],

@@ -128,7 +128,7 @@ class WeightTokenizer(FeatureExtractionMixin):
         """N, the sum of N_k over all layouts: the width of [`~WeightTokenizer.side_by_side`] before the class tokens."""
         return sum(plan.num_body for plan in self._plans)
 
-    def side_by_side(self, weight_tokens: Tensor, layout_ids: Tensor) -> Tensor:
+    def side_by_side(self, weight_tokens: Tensor, layout_ids: Tensor, num_classes: Tensor) -> Tensor:
         """
         Gives the body tokens of every layout a place of their own, so that one network may read and write all layouts with
         a map for each place.
@@ -140,13 +140,13 @@ class WeightTokenizer(FeatureExtractionMixin):
             `torch.Tensor` of shape `(B, N + C, S)`: body tokens of layout 0, of layout 1, ..., class tokens; zeros in the places
             of other layouts.
         """
-        N = self.num_all_body_tokens
-        C = max(weight_tokens.shape[1] - self.num_body_tokens(k) for k in layout_ids.unique().tolist())
+        N, C = self.num_all_body_tokens, int(num_classes.max())
         wide = weight_tokens.new_zeros(len(weight_tokens), N + C, self.token_size)
         for k in layout_ids.unique().tolist():
             rows, own = (layout_ids == k).nonzero().flatten(), self.num_body_tokens(k)
             wide[rows, self.places(k)] = weight_tokens[rows, :own]
-            wide[rows, N : N + weight_tokens.shape[1] - own] = weight_tokens[rows, own:]
+            classes = weight_tokens[rows, own : own + C]  # padding where a row has fewer
+            wide[rows, N : N + classes.shape[1]] = classes
         return wide
 
     def places(self, layout_id: int) -> slice:

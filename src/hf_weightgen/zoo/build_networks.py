@@ -110,7 +110,7 @@ def build_network_zoo(
     Raises:
         ValueError: If a task has no protocol, or the folder holds a zoo of another configuration.
     """
-    folder, config, state = ZooFolder(folder), config or NetworkZooConfig(), PartialState()
+    folder, config, state = ZooFolder(folder), config or NetworkZooConfig(), PartialState(cpu=True)
     epochs = {spec.name: config.of(spec.name).epochs for spec in specs}
     check_same_config(folder.path, asdict(config))
     if state.is_main_process:

@@ -1,0 +1,83 @@
+"""A dataset that a user hands over, as examples by class.
+
+Notation: C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from datasets import ClassLabel, Dataset, Image, Value
+from PIL.Image import Image as Picture
+from torch import Tensor
+
+
+MOST_EXAMPLES = 32  # of a class that are read: more cost time and add little
+
+
+def examples_of(dataset: object) -> tuple[list[str], list[list]]:
+    """
+    Args:
+        dataset: Examples by class, `{"cat": [image, ...], "dog": [...]}`; or a `datasets.Dataset` with a column of class labels
+            and one of images or texts; or pairs `(example, label)`.
+
+    Returns:
+        The C class names, and the examples of each: pictures, texts, or pixels `(channels, height, width)` from 0 to 255.
+
+    Raises:
+        TypeError, ValueError: If it is none of these, a class has no example, or images and texts are mixed.
+    """
+    if isinstance(dataset, Dataset):
+        by_class = _of_dataset(dataset)
+    elif isinstance(dataset, Mapping):
+        by_class = {str(name): list(examples)[:MOST_EXAMPLES] for name, examples in dataset.items()}
+    elif isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        by_class = {}
+        for pair in dataset:
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise TypeError(f"`dataset` must hold pairs (example, label), got {str(pair)[:60]!r}.")
+            by_class.setdefault(str(pair[1]), []).append(pair[0])
+        by_class = {name: examples[:MOST_EXAMPLES] for name, examples in by_class.items()}
+    else:
+        raise TypeError(
+            f"`dataset` must be a mapping of class names to examples, a `datasets.Dataset`, or pairs, got {type(dataset).__name__}."
+        )
+    if len(by_class) < 2:
+        raise ValueError(f"`dataset` must have examples of at least 2 classes, got {list(by_class)}.")
+    empty = [name for name, examples in by_class.items() if not examples]
+    if empty:
+        raise ValueError(f"`dataset` has no example of class {empty[0]!r}; give at least one, or leave the class out.")
+    kinds = {_kind(example) for examples in by_class.values() for example in examples}
+    if len(kinds) > 1:
+        raise TypeError(f"`dataset` mixes {' and '.join(sorted(kinds))}; give examples of one kind.")
+    return list(by_class), list(by_class.values())
+
+
+def _of_dataset(dataset: Dataset) -> dict[str, list]:
+    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    inputs = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    inputs = inputs or [name for name, feature in dataset.features.items() if feature == Value("string")]
+    if len(labels) != 1 or len(inputs) != 1:
+        raise ValueError(
+            "`dataset` must have one column of class labels and one of images or texts, got "
+            f"{ {name: type(feature).__name__ for name, feature in dataset.features.items()} }; select its columns, or give "
+            "examples by class."
+        )
+    names = dataset.features[labels[0]].names
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(dataset[labels[0]]):
+        if label is not None and label >= 0 and len(rows.setdefault(label, [])) < MOST_EXAMPLES:
+            rows[label].append(row)
+    return {names[label]: dataset[rows[label]][inputs[0]] for label in sorted(rows)}
+
+
+def _kind(example: object) -> str:
+    if isinstance(example, str):
+        return "texts"
+    if isinstance(example, Picture):
+        return "images"
+    if isinstance(example, Tensor) and example.dtype == torch.uint8 and example.dim() == 3 and len(example) in (1, 3):
+        return "images"
+    raise TypeError(
+        "An example must be a text, a picture, or a tensor of bytes (1 or 3, height, width), got "
+        f"{type(example).__name__} {tuple(getattr(example, 'shape', ()))}."
+    )

@@ -1,0 +1,144 @@
+"""What the stages of D2NWG need of a zoo of small networks on images, see [`zoo.build_networks`].
+
+One generator for all tasks of the zoo, whatever networks they have: the weights of each layout have token places of their
+own. A task is asked for by prompts or by its dataset.
+
+Notation: R rows of the zoo; C classes; F size of an image feature.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..targets.architectures import HEAD, TargetConfig, architecture
+from ..targets.base_models import TextEncoder, weights_sha256
+from ..targets.image_encoders import MOBILENET, ImageEncoder
+from ..targets.stacked import stack
+from ..targets.symmetry import permutation_spec
+from ..targets.tasks import get_task
+from ..weights.permutation import align
+from ..weights.tokenization import WeightTokenizer
+from ..zoo.folder import load_zoo
+from ..zoo.images import Images, load_images
+from ..zoo.networks import keep_memory, predict_networks
+from ..zoo.schema import zoo_state_dicts
+from .batches import ZooTensors
+from .function_loss import NetworkLoss
+from .sources import Source, known_tasks, told
+
+
+POOL = 60  # images of each class that the dataset encoder sees in training
+NOISE = 0.5  # of the zoo's spread, see [`NetworkLoss`]
+
+
+def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root: str | None) -> Source:
+    """
+    Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
+
+    Args:
+        images: Sees the examples of a dataset.
+    """
+    keep_memory()
+    dataset = load_zoo(zoo)
+    names, split, checkpoints = list(dataset["task"]), list(dataset["split"]), list(dataset["checkpoint"])
+    specs = [get_task(name) for name in dict.fromkeys(names)]
+    configs = [_config(dataset[names.index(spec.name)]["arch"], len(spec.labels)) for spec in specs]
+    of_task = {spec.name: config for spec, config in zip(specs, configs, strict=True)}
+    side = configs[0].input_shape[1]
+    data = load_images(specs, data_root, side)
+    where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
+    where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == max(checkpoints)]
+    first: dict[str, Mapping[str, Tensor]] = {}
+    weights = {}
+    for part, rows in where.items():
+        weights[part] = []
+        for i, state_dict in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
+            reference = first.setdefault(names[i], state_dict)
+            weights[part].append(align(state_dict, reference, permutation_spec(of_task[names[i]])))
+    tokenizer = WeightTokenizer.fit(weights["train"], token_size=64, head=HEAD)
+    prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
+    labels = {
+        spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs
+    }  # (V, C, E)
+    families = {spec.name: spec.family for spec in specs}
+    parts = {
+        part: ZooTensors.of(tokenizer, weights[part], [names[i] for i in rows], labels, prompts, families)
+        for part, rows in where.items()
+    }
+    train = parts["train"]
+    layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(len(specs))]
+    targets = [
+        {"kind": "network", "config": _settings(config), "layout": layout}
+        for config, layout in zip(configs, layouts, strict=True)
+    ]
+    known, thresholds = known_tasks(
+        [told(spec) | {"target": t} for t, spec in enumerate(specs)], [prompts[spec.name] for spec in specs]
+    )
+    inputs = {spec.name: data[spec.name].inputs(data[spec.name].test) for spec in specs}
+
+    def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
+        predictions = predict_networks(of_task[task], stack(list(state_dicts)), inputs[task])
+        return (predictions == data[task].test.labels).double().mean(1)
+
+    seeds, runs = dataset["seed"], []
+    for spec in specs:
+        rows = [(seeds[i], n) for n, i in enumerate(where["train"]) if names[i] == spec.name]
+        runs.append(list(dict(rows).values()))  # the last checkpoint of each seed
+    source = Source(
+        tokenizer,
+        train,
+        parts["held_out"],
+        runs,
+        targets[0],
+        known,
+        thresholds,
+        score,
+        vae_steps=1500,
+        task_steps=6000,
+        task_loss=NetworkLoss(
+            tokenizer,
+            train,
+            list(zip(configs, layouts, strict=True)),
+            [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
+            NOISE,
+        ),
+        task_reconstruction=0.01,
+        task_learning_rate=1e-3,
+        vae_settings={"kl_weight": 1e-3, "noise_scale": NOISE},
+        max_train_steps=2000,
+        targets=targets,
+        features=[features(images, data[spec.name].train, len(spec.labels)) for spec in specs],
+        image_encoder={
+            "id": MOBILENET,
+            "revision": None,
+            "sha256": weights_sha256(images.model.name_or_path),
+        },
+    )
+    for spec in specs:
+        counts = data[spec.name].test.labels.bincount()
+        source.majority[spec.name] = (counts.max() / counts.sum()).item(), int(counts.sum())
+        scores = [dataset["metrics"][i]["test"] for i in where["train"] if names[i] == spec.name]
+        source.zoo_scores[spec.name] = sum(scores) / len(scores)
+    return source
+
+
+def features(encoder: ImageEncoder, images: Images, classes: int) -> Tensor:
+    """What an encoder sees of the first images of each class: `(C, pool, F)`."""
+    rows = [(images.labels == c).nonzero().flatten()[:POOL] for c in range(classes)]
+    pool = min(len(own) for own in rows)
+    return encoder.embed(images.pixels[torch.cat([own[:pool] for own in rows])]).unflatten(0, (classes, pool))
+
+
+def _config(arch: Mapping, classes: int) -> TargetConfig:
+    settings = {name: arch[name] for name in ("input_shape", "activation")}
+    return architecture(arch["name"], classes, **settings)
+
+
+def _settings(config: TargetConfig) -> dict:
+    return {
+        "input_shape": list(config.input_shape),
+        "layers": [dict(layer) for layer in config.layers],
+        "activation": config.activation,
+    }

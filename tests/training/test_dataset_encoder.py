@@ -1,0 +1,77 @@
+"""Datasets as conditions: examples stay with their class, shares of a batch agree, and the encoder learns whose they are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.training.batches import StepRandom
+from hf_weightgen.training.dataset_encoder import DRAWS, dataset_loss, examples, with_datasets
+from tiny import random, zoo
+
+
+TOTAL = 8
+
+
+def draws(step: int = 0, rows: slice = slice(None)) -> StepRandom:
+    return StepRandom(0, step, TOTAL, rows)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return zoo()
+
+
+@pytest.fixture(scope="module")
+def features(rows):
+    """Per task and class a centre of its own, and examples around it; zeros where a task has no such class."""
+    made = []
+    for mask in rows.class_mask:
+        centres = F.normalize(torch.randn(len(mask), 1, 6, generator=random(len(made))), dim=-1)
+        pool = F.normalize(centres + 0.2 * torch.randn(len(mask), 12, 6, generator=random(9)), dim=-1)
+        made.append(pool * mask[:, None, None])
+    return made
+
+
+def encoder(rows) -> DatasetEncoder:
+    torch.manual_seed(0)
+    size = rows.prompt_embeds[0].shape[1]
+    return DatasetEncoder(DatasetEncoderConfig(feature_size=6, embedding_size=size, latent_size=4, hidden_size=32))
+
+
+def test_examples_are_of_their_task_and_class(features):
+    tasks = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    shown = examples(features, tasks, 5, draws())
+    for example_set, task in zip(shown, tasks.tolist(), strict=True):
+        for of_class, pool in zip(example_set, features[task], strict=True):
+            found = (of_class[:, None] == pool).all(-1).any(1)
+            assert found.all()
+    assert not torch.equal(shown, examples(features, tasks, 5, draws(1)))
+
+
+def test_shares_of_a_batch_show_what_the_whole_batch_shows(features):
+    tasks = torch.tensor([0, 1] * 4)
+    whole = examples(features, tasks, 3, draws())
+    for part in (slice(0, 4), slice(4, 8)):
+        torch.testing.assert_close(examples(features, tasks[part], 3, draws(rows=part)), whole[part], atol=0, rtol=0)
+
+
+def test_training_brings_datasets_to_their_prompts_and_classes_to_their_names(rows, features):
+    model, latents = encoder(rows), torch.randn(len(rows), 4, generator=random(3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(400):
+        loss = dataset_loss(model, features, latents, rows, draws(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    more = with_datasets(rows, model.eval(), features, seed=1)
+    for task, (before, after) in enumerate(zip(rows.prompt_embeds, more.prompt_embeds, strict=True)):
+        assert len(after) == len(before) + DRAWS and torch.equal(after[: len(before)], before)
+        others = torch.stack([F.normalize(p.mean(0), dim=0) for p in rows.prompt_embeds])
+        assert ((after[len(before) :] @ others.mT).argmax(1) == task).float().mean() > 0.9
+        mask, (own, other) = rows.class_mask[task], rows.class_embeds[task]
+        of_classes = more.class_embeds[task][len(rows.class_embeds[task]) :]
+        assert of_classes.shape[0] == DRAWS and not of_classes[:, ~mask].any()
+        expected = F.normalize(0.75 * own + 0.25 * other, dim=-1)  # the first wording comes three times of four
+        assert (of_classes * expected).sum(-1)[:, mask].mean() > 0.9
+    assert torch.equal(more.weight_tokens, rows.weight_tokens)
