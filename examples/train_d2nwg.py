@@ -149,7 +149,7 @@ def main():
             accelerator,
             dataset_encoder,
             lambda m, r: dataset_loss(m, source.features, latents, source.train, r),
-            loop(args.dataset_steps),
+            loop(args.dataset_steps, train_batch_size=16),
             "dataset-encoder",
         )
         source.add_datasets(dataset_encoder.eval(), args.seed)

@@ -7,9 +7,11 @@ from hf_weightgen.evaluation.baselines import (
     average,
     choose,
     gaussian,
+    kde,
     nearest_tasks,
     noisy,
     noisy_at_distance,
+    pca_flow,
     random_init,
     transfer_head,
 )
@@ -139,3 +141,49 @@ def test_head_rows_follow_the_names_of_the_classes():
 
 def test_choosing_none_of_the_members_is_no_error():
     assert choose([{"a": torch.zeros(1)}], 0, torch.Generator()) == []
+
+
+def spread_out(count: int = 12) -> list[dict]:
+    """Members around two centres, with an integer tensor that no baseline may touch."""
+    made = []
+    for k in range(count):
+        draw = rng(k)
+        centre = 5.0 * (k % 2)
+        made.append(
+            {
+                "w": centre + torch.randn(3, 4, generator=draw),
+                "count": torch.tensor(7),
+                "b": torch.randn(2, generator=draw),
+            }
+        )
+    return made
+
+
+def test_a_density_estimate_without_bandwidth_gives_members_and_with_it_their_neighbours():
+    members = spread_out()
+    replayed = kde(members, 12, rng(0), bandwidth=0.0)
+    found = {min(range(12), key=lambda i: (members[i]["w"] - made["w"]).norm()) for made in replayed}
+    assert found == set(range(12))  # every member comes once before one comes again
+    for made in replayed:
+        nearest = min(members, key=lambda member: (member["w"] - made["w"]).norm())
+        torch.testing.assert_close(made["w"], nearest["w"])
+        torch.testing.assert_close(made["b"], nearest["b"])
+        assert made["count"] == 7
+    near, far = (
+        torch.stack(
+            [made["w"] - old["w"] for made, old in zip(kde(members, 12, rng(0), bandwidth), replayed, strict=True)]
+        )
+        for bandwidth in (0.1, 0.4)
+    )
+    assert 3 < far.norm() / near.norm() < 5
+
+
+def test_the_flow_learns_where_members_are():
+    members = spread_out()
+    made = pca_flow(members, 40, rng(0), steps=600, hidden=64)
+    centres = torch.stack([state_dict["w"].mean() for state_dict in made])
+    assert len(made) == 40 and all(state_dict["count"] == 7 for state_dict in made)
+    low, high = centres < 1.5, centres > 3.5
+    assert low.sum() >= 8 and high.sum() >= 8 and (low | high).float().mean() > 0.7
+    again = pca_flow(members, 2, rng(0), steps=5, hidden=8)
+    assert torch.equal(again[0]["w"], pca_flow(members, 2, rng(0), steps=5, hidden=8)[0]["w"])

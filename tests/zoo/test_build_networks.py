@@ -1,19 +1,22 @@
 """A zoo of small networks: resumable, alike however its groups are shared, and its rows are networks that work."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from run_network_zoo import CONFIG, PROTOCOL, SMALL
 
 from hf_weightgen.targets import architectures
 from hf_weightgen.targets.architectures import TargetModel
 from hf_weightgen.zoo import build_networks
-from hf_weightgen.zoo.build_networks import NetworkZooConfig, Protocol, build_network_zoo, network_of
+from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo, network_of
 from hf_weightgen.zoo.folder import ZooFolder, load_zoo
 from hf_weightgen.zoo.images import load_images
 from hf_weightgen.zoo.schema import row_to_state_dict
 from pictures import images, write
-
-
-CONFIG = NetworkZooConfig(architecture="small", seeds=5, held_out=1, keep=2, group=2)  # groups of 2, 2 and 1
 
 
 @pytest.fixture
@@ -23,9 +26,8 @@ def spec(tmp_path, monkeypatch):
     pictures = [
         p.point(lambda v: v // 2) if i % 2 == 0 else p.point(lambda v: 128 + v // 2) for i, p in enumerate(pictures)
     ]
-    monkeypatch.setitem(build_networks.SHORT, "task", Protocol("relu", "default", 1e-2, batch_size=8, epochs=3))
-    layers = architectures.cnn((3,), (3,), (True,), (6,))
-    monkeypatch.setitem(architectures.NAMED, "small", (layers, "tanh", 8))
+    monkeypatch.setitem(build_networks.SHORT, "task", PROTOCOL)
+    monkeypatch.setitem(architectures.NAMED, "small", SMALL)
     return write(tmp_path / "task", train=pictures[:80], test=pictures[80:])
 
 
@@ -70,6 +72,34 @@ def test_a_restart_trains_what_is_missing_and_nothing_else(spec, tmp_path, monke
     for row_id in whole.finished():
         first, second = (row_to_state_dict(folder.row(row_id)) for folder in (whole, zoo))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_processes_share_the_groups_and_make_the_same_zoo(spec, tmp_path):
+    whole = build_network_zoo([spec], tmp_path / "whole", CONFIG, progress=False)
+    script = Path(__file__).with_name("run_network_zoo.py")
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        spec.dataset_id,
+        str(tmp_path / "zoo"),
+    ]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200, check=True)
+    assert sorted(re.findall(r"trained (\[.*?\])", done.stdout)) == ["[0, 1]", "[2, 3]", "[4]"]
+    shared = ZooFolder(tmp_path / "zoo")
+    for row_id in whole.finished():
+        first, second = (row_to_state_dict(folder.row(row_id)) for folder in (whole, shared))
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor)
+
+
+def test_workers_have_shares_of_their_own_whenever_they_start(spec, tmp_path):
+    folder = ZooFolder(tmp_path / "zoo")
+    for worker, rows in ((1, 4), (0, 10), (1, 10)):  # the second one has groups 1 and 3 of three
+        build_network_zoo([spec], folder.path, CONFIG, progress=False, share=(worker, 2))
+        assert len(folder.finished()) == rows
 
 
 def test_faults_are_told_before_training(spec, tmp_path):

@@ -9,11 +9,12 @@ Notation used for shapes:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..targets.functional import BIAS, WEIGHT
 
@@ -121,6 +122,79 @@ def noisy_at_distance(
             f"{[round(value, 4) for value in reached.tolist()]}."
         )
     return [_add(*parts, scale) for *parts, scale in zip(drawn, directions, best.tolist(), strict=True)]
+
+
+def kde(
+    members: Sequence[StateDict], n: int, generator: torch.Generator, bandwidth: float = 0.2
+) -> list[dict[str, Tensor]]:
+    """
+    n draws of a kernel density estimate over the principal components of the members, each scaled to unit std: a random
+    member's, plus normal noise with a std of `bandwidth` (as SANE samples its latents, https://huggingface.co/papers/2406.09997).
+    """
+    components = _Components(members)
+    drawn = torch.tensor(
+        [i % len(members) for i in torch.randperm(max(n, len(members)), generator=generator)[:n].tolist()]
+    )
+    noise = torch.randn(n, components.coordinates.shape[1], generator=generator, dtype=torch.float64)
+    return components.state_dicts(components.coordinates[drawn] + bandwidth * noise)
+
+
+def pca_flow(
+    members: Sequence[StateDict], n: int, generator: torch.Generator, steps: int = 3000, hidden: int = 512
+) -> list[dict[str, Tensor]]:
+    """
+    n draws of a flow-matching MLP over the principal components of the members: DeepWeightFlow
+    (https://huggingface.co/papers/2601.05052), the plainest generator that there is. Batches of 8, AdamW, 100 steps of Euler.
+    """
+    components = _Components(members)
+    data = components.coordinates.float()
+    size = data.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        widths = [size + 1, hidden, hidden // 2, hidden, size]
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.GELU())][:-1]
+        field = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(field.parameters(), lr=5e-4)
+    for _ in range(steps):
+        clean = data[torch.randint(len(data), (8,), generator=generator)]
+        noise, time = torch.randn(8, size, generator=generator), torch.rand(8, 1, generator=generator)
+        found = field(torch.cat([noise + time * (clean - noise), time], 1))
+        loss = F.mse_loss(found, clean - noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        x = torch.randn(n, size, generator=generator)
+        for step in range(100):
+            x = x + field(torch.cat([x, torch.full((n, 1), step / 100)], 1)) / 100
+    return components.state_dicts(x.double())
+
+
+class _Components:
+    """Principal components of members, and their coordinates `(members, components)` in unit std."""
+
+    def __init__(self, members: Sequence[StateDict]):
+        self.like = members[0]
+        flat = torch.stack(
+            [torch.cat([t.double().flatten() for t in m.values() if t.is_floating_point()]) for m in members]
+        )
+        self.mean = flat.mean(0)
+        left, values, self.directions = torch.linalg.svd(flat - self.mean, full_matrices=False)
+        kept = values > 1e-9 * values.max()
+        self.directions, coordinates = self.directions[kept], (left * values)[:, kept]
+        self.std = coordinates.std(0)
+        self.coordinates = coordinates / self.std
+
+    def state_dicts(self, coordinates: Tensor) -> list[dict[str, Tensor]]:
+        flat, made = self.mean + (coordinates * self.std) @ self.directions, [dict(self.like) for _ in coordinates]
+        start = 0
+        for name, tensor in self.like.items():
+            if tensor.is_floating_point():
+                values = flat[:, start : start + tensor.numel()]
+                for state_dict, value in zip(made, values, strict=True):
+                    state_dict[name] = value.view_as(tensor).to(tensor.dtype)
+                start += tensor.numel()
+        return made
 
 
 def choose(members: Sequence[StateDict], n: int, generator: torch.Generator) -> list[StateDict]:

@@ -3,8 +3,7 @@
 The Tiny Model Zoo's networks (https://huggingface.co/papers/2209.14764) with their published initialisation, activation
 and optimiser of each dataset: in their published protocol, or by default in a short one, which is told in every row.
 
-Every group of seeds becomes one shard as soon as it is trained, so that a restart, or another process, goes on with the
-groups that are missing; a group's randomness depends on the task and its seeds only.
+Every group of seeds becomes one shard as soon as it is trained, so that a restart goes on with the groups that are missing; a group's randomness depends on the task and its seeds only.
 """
 
 from collections.abc import Sequence
@@ -102,19 +101,24 @@ def build_network_zoo(
     config: NetworkZooConfig | None = None,
     data_root: str | Path | None = None,
     progress: bool = True,
+    share: tuple[int, int] | None = None,
 ) -> ZooFolder:
     """
-    Trains what is missing of a zoo in `folder`; calling it again continues, and started by `accelerate launch` or `torchrun`
-    its processes share the groups.
+    Trains what is missing of a zoo in `folder`; calling it again continues.
+
+    Args:
+        share: `(i, n)`: the i-th of n workers, which split the groups. Default: those of `accelerate launch` or `torchrun`.
 
     Raises:
         ValueError: If a task has no protocol, or the folder holds a zoo of another configuration.
     """
-    folder, config, state = ZooFolder(folder), config or NetworkZooConfig(), PartialState(cpu=True)
+    folder, config = ZooFolder(folder), config or NetworkZooConfig()
+    if share is None:
+        state = PartialState(cpu=True)
+        share = state.process_index, state.num_processes
     epochs = {spec.name: config.of(spec.name).epochs for spec in specs}
     check_same_config(folder.path, asdict(config))
-    if state.is_main_process:
-        write_config(folder.path, asdict(config))
+    write_config(folder.path, asdict(config))
     keep_memory()
     side = architecture(config.architecture).input_shape[1]
     data = load_images(specs, data_root, side)
@@ -124,13 +128,16 @@ def build_network_zoo(
         for start in range(0, config.seeds, config.group)
         for spec in specs
     ]
-    groups = [(spec, seeds) for spec, seeds in groups if not {_id(spec, s, epochs[spec.name]) for s in seeds} <= done]
-    with state.split_between_processes(groups) as mine:
-        total = sum(len(data[spec.name].train) * epochs[spec.name] * len(seeds) for spec, seeds in mine)
-        with tqdm(total=total, desc="zoo", unit="pass", unit_scale=True, disable=not progress) as bar:
-            for spec, seeds in mine:
-                bar.set_postfix_str(f"{spec.name} {seeds[0]}-{seeds[-1]}")
-                folder.add(f"{spec.name}-{seeds[0]:04d}", train_group(data[spec.name], seeds, config, bar))
+    mine = [  # of each worker the same, whenever it starts and whatever is done by then
+        (spec, seeds)
+        for spec, seeds in groups[share[0] :: share[1]]
+        if not {_id(spec, s, epochs[spec.name]) for s in seeds} <= done
+    ]
+    total = sum(len(data[spec.name].train) * epochs[spec.name] * len(seeds) for spec, seeds in mine)
+    with tqdm(total=total, desc="zoo", unit="pass", unit_scale=True, disable=not progress) as bar:
+        for spec, seeds in mine:
+            bar.set_postfix_str(f"{spec.name} {seeds[0]}-{seeds[-1]}")
+            folder.add(f"{spec.name}-{seeds[0]:04d}", train_group(data[spec.name], seeds, config, bar))
     return folder
 
 

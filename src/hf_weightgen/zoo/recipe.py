@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -144,7 +145,7 @@ def write_config(path: Path, settings: Mapping) -> None:
     if (path / CONFIG).exists():
         return
     path.mkdir(parents=True, exist_ok=True)
-    temporary = (path / CONFIG).with_suffix(".tmp")
+    temporary = path / f"{CONFIG}.{os.getpid()}.tmp"  # several processes may start a zoo together
     temporary.write_text(json.dumps(settings, indent=2, sort_keys=True))
     temporary.replace(path / CONFIG)
 

@@ -1,0 +1,115 @@
+"""Networks for a dataset from five images of each class, on the Tiny Model Zoo (D2NWG Tables 4, 20 and 21).
+
+    python examples/reproduce/tiny_zoo.py --generator runs/cnns/pipeline --zoo runs/images --out tiny_zoo.json
+
+Replaced: STL-10 by Fashion-MNIST; CLIP's image features by those of a small MobileNet; the published zoo by one that
+`examples/build_network_zoo.py` trains in a short protocol. The paper's figures stand beside ours.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_weightgen import WeightGenPipeline
+from hf_weightgen.evaluation.network_table import network_table
+from hf_weightgen.evaluation.table import format_table, write_results
+from hf_weightgen.targets.architectures import TargetConfig
+from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
+from hf_weightgen.targets.tasks import get_task
+from hf_weightgen.zoo.build_networks import PROTOCOLS
+from hf_weightgen.zoo.folder import load_zoo
+from hf_weightgen.zoo.images import load_images
+from hf_weightgen.zoo.networks import keep_memory
+from hf_weightgen.zoo.schema import zoo_state_dicts
+
+
+SHOTS = 5
+PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
+    "mnist": (82.82, 83.92),
+    "svhn": (67.57, 61.81),
+    "cifar10": (44.68, 43.08),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", required=True, help="Folder or Hub id.")
+    parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo that it was trained on.")
+    parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
+    parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
+    parser.add_argument("--tasks", nargs="*", help="Default: all that the generator knows.")
+    parser.add_argument("--n", type=int, default=50, help="Generated networks.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    keep_memory()
+    pipe = WeightGenPipeline.from_pretrained(args.generator)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.image_encoder = load_image_encoder(args.image_encoder)
+    known = {task["name"]: task for task in pipe.config.tasks}
+    specs = [get_task(name) for name in args.tasks or known]
+    targets = {spec.name: pipe.targets[known[spec.name].get("target", 0)] for spec in specs}
+    side = targets[specs[0].name]["config"]["input_shape"][1]
+    data = load_images(specs, args.data_root, side)
+    zoo = load_zoo(args.zoo)
+    where = {key: list(zoo[key]) for key in ("task", "split", "seed", "checkpoint")}
+    last, rows = max(where["checkpoint"]), []
+    for spec in specs:
+        config = TargetConfig(**targets[spec.name]["config"], num_classes=len(spec.labels))
+        others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
+
+        def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
+            return samples(pipe, data, spec, others, method, count, seed)
+
+        def of(split: str, latest: bool = False, name: str = spec.name) -> list[int]:
+            picked = [i for i, task in enumerate(where["task"]) if task == name and where["split"][i] == split]
+            return [i for i in picked if not latest or where["checkpoint"][i] == last]
+
+        members = of("train")
+        rows += network_table(
+            generate,
+            config,
+            data[spec.name],
+            list(zoo_state_dicts(zoo, members)),
+            list(zoo_state_dicts(zoo, of("held_out", latest=True))),
+            init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
+            member_seeds=[where["seed"][i] for i in members],
+            n=args.n,
+            seed=args.seed,
+        )
+        print(format_table(rows[-16:]), flush=True)
+        if spec.name in PAPER:
+            print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
+        write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)
+
+
+def samples(pipe, data, spec, others, method: str, count: int, seed: int) -> list[dict]:
+    """`count` networks, each from five images a class of its own; for the controls from images that are not the task's."""
+    generator = torch.Generator().manual_seed(seed)
+    names = list(spec.labels)
+    if method == "generated_from_prompts":
+        prompts = [spec.prompts[i % len(spec.prompts)] for i in range(count)]
+        return pipe(prompts, labels=names, generator=generator).weights
+    shown = spec
+    if method == "generated_mismatched":
+        channels = {s.name: data[s.name].train.pixels.shape[1] for s in (spec, *others)}
+        shown = next((other for other in others if channels[other.name] == channels[spec.name]), None)
+    if shown is None:
+        return []
+    images, made = data[shown.name].train, []
+    rows = [(images.labels == c).nonzero().flatten() for c in range(len(names))]
+    for _ in range(count):
+        order = range(len(names))
+        if method == "generated_shuffled":
+            order = torch.randperm(len(names), generator=generator).tolist()
+        picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
+        dataset = {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
+        made += pipe(dataset=dataset, generator=generator).weights
+    return made
+
+
+if __name__ == "__main__":
+    main()

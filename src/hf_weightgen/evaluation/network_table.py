@@ -1,0 +1,171 @@
+"""The honest table of one task whose networks are generated as a whole, from examples of its dataset.
+
+Rows as in [`evaluation.table`]; the weights of all rows are matched to one member of the zoo (weight matching of Git
+Re-Basin), so that distances compare functions and not the order of hidden units.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..targets.architectures import TargetConfig
+from ..targets.stacked import stack, unstack
+from ..targets.symmetry import permutation_spec
+from ..targets.tasks import TaskSpec
+from ..weights.permutation import align
+from ..zoo.images import ImageData, Images
+from ..zoo.networks import initial, predict_networks
+from . import baselines
+from .accuracy import counts, majority, score
+from .rows import TaskRows, Unavailable
+
+
+StateDict = Mapping[str, Tensor]
+METHODS = (
+    "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "pca_flow", "noise_0.05", "noise_0.15",
+    "noise_at_distance", "reconstruction", "generated", "generated_from_prompts", "generated_shuffled", "generated_mismatched",
+)  # fmt: skip
+
+
+@dataclass
+class _Rows:
+    """Row numbers and labels of images, as [`TaskRows`] reads them; the pixels stay where they are."""
+
+    spec: TaskSpec
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def network_table(
+    generate: Callable[[str, int, int], Sequence[StateDict]],
+    config: TargetConfig,
+    data: ImageData,
+    members: Sequence[StateDict],
+    held_out: Sequence[StateDict] = (),
+    *,
+    init: str = "default",
+    member_seeds: Sequence[Hashable] | None = None,
+    reconstruct: Callable[[Sequence[StateDict]], Sequence[StateDict]] | None = None,
+    n: int = 50,
+    baseline_n: int = 20,
+    seed: int = 0,
+    on_row: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """
+    Args:
+        generate: `(method, n, seed) -> n state dicts` for each of the rows `generated...`; an empty list where a row does not
+            apply.
+        config: The network of the task.
+        members, held_out: Of the zoo: those that the generator was trained on, and others.
+        init: Of an untrained network, see [`~zoo.networks.initial`].
+        n: Networks of the generated rows, and how many the best ones are chosen from; baseline_n: of the others.
+
+    Returns:
+        `list[dict]`: rows as of [`honest_table`].
+    """
+    spec, reference = permutation_spec(config), members[0]
+
+    def canonical(state_dicts: Sequence[StateDict]) -> list[StateDict]:
+        return [align(state_dict, reference, spec) for state_dict in state_dicts]
+
+    def rows_of(images: Images) -> Dataset:
+        return Dataset.from_dict({"row": list(range(len(images))), "label": images.labels.tolist()})
+
+    view = _Rows(data.spec, *(rows_of(getattr(data, part)) for part in ("train", "validation", "test")))
+    inputs = {id(getattr(view, part)): data.inputs(getattr(data, part)) for part in ("validation", "test")}
+
+    def predict(state_dicts: Sequence[StateDict], dataset: Dataset) -> Tensor:
+        return predict_networks(config, stack(list(state_dicts)), inputs[id(dataset)])
+
+    aligned = canonical(members)
+    task = TaskRows(predict, view, aligned, member_seeds, n=n, best_of=n, seed=seed)
+    rows: dict[str, dict] = {}
+
+    def add(method: str, make: Callable[[], dict]) -> None:
+        try:
+            rows[method] = make()
+        except Unavailable as reason:
+            rows[method] = task.empty(method) | {"note": str(reason)}
+        if on_row is not None:
+            on_row(rows[method])
+
+    def generated(method: str, count: int) -> list[StateDict]:
+        made = canonical(generate(method, count, task.derived(method)))
+        if len(made) != count:
+            raise Unavailable("the generator has no such condition for this task")
+        return made
+
+    samples = generated("generated", n)
+    seeds = torch.randint(2**31, (baseline_n,), generator=task.generator("random_init")).tolist()
+    fresh = initial(config, seeds, init)
+    add("random_init", lambda: task.row("random_init", [unstack(fresh, k) for k in range(baseline_n)]))
+    add("majority", lambda: _majority(task))
+    add("zoo", lambda: _zoo(task, rows["majority"]))
+    add("zoo_held_out", lambda: _held_out(task, canonical(held_out)))
+    for method, make in {
+        "zoo_average": lambda g: [baselines.average(aligned)],
+        "gaussian": lambda g: baselines.gaussian(aligned, baseline_n, g),
+        "kde": lambda g: baselines.kde(aligned, baseline_n, g),
+        "pca_flow": lambda g: baselines.pca_flow(aligned, baseline_n, g),
+        "noise_0.05": lambda g: baselines.noisy(aligned, 0.05, baseline_n, g),
+        "noise_0.15": lambda g: baselines.noisy(aligned, 0.15, baseline_n, g),
+        "noise_at_distance": lambda g: _at_distance(task, aligned, samples[:baseline_n], g),
+    }.items():
+        add(method, lambda m=method, make=make: task.row(m, make(task.generator(m))))
+    add("reconstruction", lambda: _reconstruction(task, reconstruct, canonical(held_out) or aligned))
+    add("generated", lambda: _generated(task, samples, canonical(held_out)))
+    add("generated_from_prompts", lambda m="generated_from_prompts": task.row(m, generated(m, baseline_n)))
+    for method in ("generated_shuffled", "generated_mismatched"):
+        add(
+            method,
+            lambda m=method: (
+                task.row(m, generated(m, baseline_n), control=True) | {"expected": 100 / len(data.spec.labels)}
+            ),
+        )
+    return [rows[method] for method in METHODS]
+
+
+def _majority(task: TaskRows) -> dict:
+    return task.summary("majority", torch.full((1, len(task.labels)), majority(task.train["label"])))
+
+
+def _zoo(task: TaskRows, majority_row: dict) -> dict:
+    # of every run its last member: the best is chosen from as many independent runs as there are
+    last = list(dict(zip(task.groups or range(len(task.members)), task.members, strict=True)).values())
+    row = task.row("zoo", task.members, pool=last[: task.best_of], groups=task.groups)
+    scores = score(task.predictions, task.labels)
+    return row | {"counted": counts(scores, majority_row["mean"], len(task.labels))}
+
+
+def _held_out(task: TaskRows, held_out: Sequence[StateDict]) -> dict:
+    if not held_out:
+        raise Unavailable("no held-out member of this task was given")
+    return task.row("zoo_held_out", held_out)
+
+
+def _at_distance(task: TaskRows, members, generated, generator: torch.Generator) -> list[StateDict]:
+    distance = task.distance(generated).quantile(0.5).item()
+    try:
+        return baselines.noisy_at_distance(members, distance, len(generated), generator, task.distance)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _reconstruction(task: TaskRows, reconstruct, originals: Sequence[StateDict]) -> dict:
+    if reconstruct is None:
+        raise Unavailable("a reconstruction needs `reconstruct`")
+    row = task.row("reconstruction", list(reconstruct(originals)))
+    before = score(task.predict(originals, task.test), task.labels).mean()
+    return row | {"loss": {"mean": float(before - row["mean"]), "max": float(before - row["mean"])}}
+
+
+def _generated(task: TaskRows, samples: Sequence[StateDict], held_out: Sequence[StateDict]) -> dict:
+    row, predictions = task.row("generated", samples), task.predict(samples, task.test)
+    row["difference"] = task.difference(predictions, task.predictions, task.groups)
+    if held_out:
+        row["difference_held_out"] = task.difference(predictions, task.predict(held_out, task.test))
+    return row

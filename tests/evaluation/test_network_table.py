@@ -1,0 +1,98 @@
+"""The table of networks: all rows on real networks, and what each of them must show."""
+
+import pytest
+import torch
+
+from hf_weightgen.evaluation.network_table import METHODS, network_table
+from hf_weightgen.evaluation.table import format_table
+from hf_weightgen.targets.architectures import TargetConfig, mlp
+from hf_weightgen.targets.stacked import unstack
+from hf_weightgen.zoo.images import load_images
+from hf_weightgen.zoo.networks import initial, train_networks
+from pictures import images, write
+from tiny import random
+
+
+CONFIG = TargetConfig(input_shape=[1, 8, 8], layers=mlp(6), num_classes=2, activation="tanh")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Dark and light images."""
+    pictures = [
+        p.point(lambda v: v // 2) if i % 2 == 0 else p.point(lambda v: 128 + v // 2)
+        for i, p in enumerate(images(120, 0))
+    ]
+    spec = write(tmp_path_factory.mktemp("data") / "task", train=pictures[:80], test=pictures[80:])
+    return load_images([spec])["task"]
+
+
+@pytest.fixture(scope="module")
+def zoo(data):
+    params = initial(CONFIG, list(range(8)))
+    training = train_networks(
+        CONFIG, params, data.inputs(data.train), data.train.labels, lambda p: torch.optim.Adam(p, lr=1e-2), epochs=10, batch_size=16,
+        generator=random(0),
+    )  # fmt: skip
+    *_, trained = training
+    return [unstack(trained, k) for k in range(8)]
+
+
+@pytest.fixture(scope="module")
+def rows(data, zoo):
+    asked = []
+
+    def generate(method: str, count: int, seed: int) -> list[dict]:
+        asked.append((method, count, seed))
+        if method == "generated_mismatched":
+            return []
+        draw = random(seed)
+        made = [
+            {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in zoo[i % 6].items()} for i in range(count)
+        ]
+        if method == "generated_shuffled":
+            made = [m | {"head.weight": m["head.weight"].flip(0), "head.bias": m["head.bias"].flip(0)} for m in made]
+        return made
+
+    table = network_table(
+        generate, CONFIG, data, zoo[:6], zoo[6:], member_seeds=list(range(6)), reconstruct=lambda many: many, n=10, baseline_n=4, seed=3
+    )  # fmt: skip
+    return {row["method"]: row for row in table}, asked, table
+
+
+def test_all_rows_are_there_and_told(rows):
+    by_name, asked, table = rows
+    assert tuple(by_name) == METHODS
+    assert [(method, count) for method, count, _ in asked] == [
+        ("generated", 10), ("generated_from_prompts", 4), ("generated_shuffled", 4), ("generated_mismatched", 4),
+    ]  # fmt: skip
+    assert len({seed for _, _, seed in asked}) == 4
+    assert (
+        by_name["generated_mismatched"]["mean"] is None
+        and "no such condition" in by_name["generated_mismatched"]["note"]
+    )
+    text = format_table(table)
+    assert all(method in text for method in METHODS)
+
+
+def test_rows_are_what_they_say(rows):
+    by_name, _, _ = rows
+    assert by_name["zoo"]["mean"] > 90 and by_name["zoo"]["counted"] and by_name["zoo_held_out"]["n"] == 2
+    assert by_name["generated"]["mean"] > 85 and by_name["generated"]["best_of"] == 10
+    assert by_name["generated_shuffled"]["mean"] < 20  # labels the other way round
+    assert by_name["generated_shuffled"]["expected"] == 50
+    assert by_name["reconstruction"]["loss"]["mean"] == 0
+    assert by_name["random_init"]["mean"] < 80 and by_name["majority"]["mean"] == pytest.approx(50, abs=6)
+    lengths = [by_name[name]["novelty_l2"] for name in ("noise_0.05", "noise_0.15")]
+    assert lengths[0] < lengths[1] and by_name["zoo"]["novelty_l2"] > 0
+    assert by_name["noise_at_distance"]["novelty_l2"] == pytest.approx(by_name["generated"]["novelty_l2"], rel=0.1)
+
+
+def test_distances_do_not_see_the_order_of_hidden_units(data, zoo):
+    def permuted(method: str, count: int, seed: int) -> list[dict]:
+        perm = torch.randperm(6, generator=random(seed))
+        moved = {n: t[perm] if n.startswith("hidden") else t for n, t in zoo[0].items()}
+        return [moved | {"head.weight": moved["head.weight"][:, perm]}] * count
+
+    table = network_table(permuted, CONFIG, data, zoo[:3], n=2, baseline_n=2)
+    assert next(row for row in table if row["method"] == "generated")["novelty_l2"] < 1e-5
