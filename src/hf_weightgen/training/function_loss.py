@@ -73,7 +73,7 @@ class NetworkLoss:
         targets: Sequence[tuple[TargetConfig, int]],
         images: Sequence[tuple[Tensor, Tensor]],
         noise: float = 0.5,
-        ramp: int = 1500,
+        ramp: int = 2000,
         probe: int = 64,
     ):
         self.zoo, self.targets, self.images, self.probe = zoo, targets, images, probe

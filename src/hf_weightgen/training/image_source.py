@@ -74,7 +74,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         for config, layout in zip(configs, layouts, strict=True)
     ]
     known, thresholds = known_tasks(
-        [told(spec) | {"target": t} for t, spec in enumerate(specs)], [prompts[spec.name] for spec in specs]
+        [told(spec) | {"target": t} for t, spec in enumerate(specs)], [[prompts[spec.name]] for spec in specs]
     )
     inputs = {spec.name: data[spec.name].inputs(data[spec.name].test) for spec in specs}
 
@@ -104,8 +104,8 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
             [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
             NOISE,
         ),
-        task_reconstruction=0.01,
-        task_learning_rate=1e-3,
+        task_reconstruction=0.1,
+        task_learning_rate=5e-4,
         vae_settings={"kl_weight": 1e-3, "noise_scale": NOISE},
         max_train_steps=2000,
         targets=targets,

@@ -94,8 +94,10 @@ class Source:
 
     def add_datasets(self, encoder: DatasetEncoder, seed: int) -> None:
         """From now on a task is asked for by its dataset too, see [`with_datasets`]."""
+        prompts = self.train.prompt_embeds
         self.train = with_datasets(self.train, encoder, self.features, seed)
-        self.known_tasks, self.thresholds = known_tasks(self.known_tasks, self.train.prompt_embeds)
+        kinds = [(own, both[len(own) :]) for own, both in zip(prompts, self.train.prompt_embeds, strict=True)]
+        self.known_tasks, self.thresholds = known_tasks(self.known_tasks, kinds)
 
     def _scale(self, name: str) -> tuple[float, float]:
         entry = next(e for e in self.tokenizer.to_dict()["layouts"][0] if e["name"] == name)
@@ -141,23 +143,30 @@ def decode_rows(
     return state_dicts
 
 
-def known_tasks(tasks: Iterable[Mapping], prompt_embeds: Iterable[Tensor]) -> tuple[list[dict], dict[str, float]]:
+def known_tasks(
+    tasks: Iterable[Mapping], prompt_embeds: Iterable[Sequence[Tensor]]
+) -> tuple[list[dict], dict[str, float]]:
     """
     Known tasks for the pipeline's config, and two cosines to the nearest known prompts: far under that of any prompt of
     their own, and above which nearly all of their own lie.
 
     Args:
-        tasks: What is told of each; prompt_embeds: `(P, E)` of each.
+        tasks: What is told of each.
+        prompt_embeds: Of each one or several kinds of conditions `(P, E)`, such as prompts and datasets.
     """
     known, cosines = [], []
-    for task, embeds in zip(tasks, prompt_embeds, strict=True):
+    for task, kinds in zip(tasks, prompt_embeds, strict=True):
         # a task is asked for in ways that are far apart, by its dataset's name or in plain words: one centre is too few
-        clusters = KMeans(min(PROMPT_CENTRES, len(embeds)), n_init=4, random_state=0).fit(embeds.numpy())
-        centres = F.normalize(torch.from_numpy(clusters.cluster_centers_), dim=1)
-        cosines.append((embeds @ centres.mT).amax(1))
+        centres = torch.cat([_centres(embeds) for embeds in kinds])
+        cosines.append((torch.cat(list(kinds)) @ centres.mT).amax(1))
         known.append({**task, "prompt_embeddings": pack_embeddings(centres)})
     low = torch.cat(cosines).quantile(0.02).item()
     return known, {"far_below": round(low - 0.1, 3), "known_above": round(low, 3)}
+
+
+def _centres(embeds: Tensor) -> Tensor:
+    clusters = KMeans(min(PROMPT_CENTRES, len(embeds)), n_init=4, random_state=0).fit(embeds.numpy())
+    return F.normalize(torch.from_numpy(clusters.cluster_centers_), dim=1)
 
 
 def told(task) -> dict:
@@ -204,7 +213,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
                 loss = loss + F.kl_div(guess, target, reduction="sum", log_target=True) / (len(index) * probe.shape[1])
         return loss
 
-    known, thresholds = known_tasks(map(told, TASKS), [prompts[task.name] for task in TASKS])
+    known, thresholds = known_tasks(map(told, TASKS), [[prompts[task.name]] for task in TASKS])
     return Source(
         tokenizer,
         train,
@@ -273,7 +282,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
         return target.accuracy(list(state_dicts), test_buckets(task))
 
-    known, thresholds = known_tasks(map(told, specs), [prompts[spec.name] for spec in specs])
+    known, thresholds = known_tasks(map(told, specs), [[prompts[spec.name]] for spec in specs])
     source = Source(
         tokenizer,
         parts["train"],
