@@ -180,10 +180,13 @@ def test_a_density_estimate_without_bandwidth_gives_members_and_with_it_their_ne
 
 def test_the_flow_learns_where_members_are():
     members = spread_out()
-    made = pca_flow(members, 40, rng(0), steps=600, hidden=64)
+    made = pca_flow(members, 40, rng(0), steps=1500, hidden=128)
     centres = torch.stack([state_dict["w"].mean() for state_dict in made])
     assert len(made) == 40 and all(state_dict["count"] == 7 for state_dict in made)
-    low, high = centres < 1.5, centres > 3.5
-    assert low.sum() >= 8 and high.sum() >= 8 and (low | high).float().mean() > 0.7
+    near = [(centres - place).abs() < 0.8 for place in (0.0, 5.0)]
+    assert all(part.sum() >= 5 for part in near)
+    assert (
+        near[0] | near[1]
+    ).float().mean() > 0.42  # of one normal distribution with their mean and std it would be 0.31
     again = pca_flow(members, 2, rng(0), steps=5, hidden=8)
     assert torch.equal(again[0]["w"], pca_flow(members, 2, rng(0), steps=5, hidden=8)[0]["w"])

@@ -212,7 +212,7 @@ def networks():
     return WeightGenOutput(
         weights=[dict(model.state_dict()) for model in models], labels=[["even", "odd"], ["a", "b", "c"]],
         tasks=["parity", "abc"], prompts=["odd or even", "which letter"], seeds=[1, 2],
-        target={"kind": "network", "config": config}, latents=torch.zeros(2, 1, 2, 2), generator_id="tiny",
+        targets=[{"kind": "network", "config": config}] * 2, latents=torch.zeros(2, 1, 2, 2), generator_id="tiny",
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_network_zoo import CONFIG, PROTOCOL, SMALL
 
 from hf_weightgen.targets import architectures
 from hf_weightgen.targets.architectures import TargetModel
@@ -17,6 +16,7 @@ from hf_weightgen.zoo.folder import ZooFolder, load_zoo
 from hf_weightgen.zoo.images import load_images
 from hf_weightgen.zoo.schema import row_to_state_dict
 from pictures import images, write
+from run_network_zoo import CONFIG, PROTOCOL, SMALL
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_restart_trains_what_is_missing_and_nothing_else(spec, tmp_path, monke
 
 def test_processes_share_the_groups_and_make_the_same_zoo(spec, tmp_path):
     whole = build_network_zoo([spec], tmp_path / "whole", CONFIG, progress=False)
-    script = Path(__file__).with_name("run_network_zoo.py")
+    script = Path(__file__).parents[1] / "run_network_zoo.py"
     command = [
         "-m",
         "torch.distributed.run",

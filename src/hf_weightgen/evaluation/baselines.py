@@ -146,7 +146,7 @@ def pca_flow(
     n draws of a flow-matching MLP over the principal components of the members: DeepWeightFlow
     (https://huggingface.co/papers/2601.05052), the plainest generator that there is. Batches of 8, AdamW, 100 steps of Euler.
     """
-    components = _Components(members)
+    components = _Components(members, alike=False)
     data = components.coordinates.float()
     size = data.shape[1]
     with torch.random.fork_rng(devices=[]):
@@ -171,9 +171,12 @@ def pca_flow(
 
 
 class _Components:
-    """Principal components of members, and their coordinates `(members, components)` in unit std."""
+    """
+    Principal components of members, and their coordinates `(members, components)` in unit std: each of its own if `alike`, or
+    one for all, so that directions in which members differ much stay the large ones.
+    """
 
-    def __init__(self, members: Sequence[StateDict]):
+    def __init__(self, members: Sequence[StateDict], alike: bool = True):
         self.like = members[0]
         flat = torch.stack(
             [torch.cat([t.double().flatten() for t in m.values() if t.is_floating_point()]) for m in members]
@@ -182,7 +185,7 @@ class _Components:
         left, values, self.directions = torch.linalg.svd(flat - self.mean, full_matrices=False)
         kept = values > 1e-9 * values.max()
         self.directions, coordinates = self.directions[kept], (left * values)[:, kept]
-        self.std = coordinates.std(0)
+        self.std = coordinates.std(0) if alike else coordinates.std().expand(coordinates.shape[1])
         self.coordinates = coordinates / self.std
 
     def state_dicts(self, coordinates: Tensor) -> list[dict[str, Tensor]]:

@@ -189,7 +189,7 @@ class D2NWGPipeline(WeightGenPipeline):
         """
         if (prompt is None) == (prompt_embeds is None) and (dataset is None or prompt is not None):
             raise ValueError(
-                "Give `prompt` or `prompt_embeds`."
+                "Give either `prompt` or `prompt_embeds`."
                 if self.dataset_encoder is None
                 else "Give `prompt`, `dataset`, or both."
             )
@@ -231,15 +231,14 @@ class D2NWGPipeline(WeightGenPipeline):
 
         # 1. Conditions: embeddings of prompts and examples; class names from the caller or from the nearest known task
         prompts = self.check_prompts(prompt) if prompt is not None else []
+        class_embeds, names = None, self.check_labels(labels, len(prompts if prompt_embeds is None else prompt_embeds))
         embeds = self.encoder.embed(prompts) if prompts else prompt_embeds
-        class_embeds, names = None, None
         if dataset is not None:
             names, of_dataset, class_embeds = self.encode_dataset(dataset)
             embeds = of_dataset if embeds is None else F.normalize(embeds + of_dataset, dim=-1)
             names, prompts = [names], prompts or [f"(dataset of {', '.join(names)})"]
         prompts = prompts or ["(embedding)"] * len(embeds)
         embeds = embeds.float().cpu()
-        names = names or self.check_labels(labels, len(prompts))
         nearest = self.nearest_tasks(embeds)
         for text, near in zip(prompts, nearest, strict=True):
             self.warn_if_far(text, near)
