@@ -49,7 +49,7 @@ PUBLISHED = {  # D2NWG reads epochs 21 to 25 (appendix D.1); Fashion-MNIST, of w
     "cifar10": Protocol("gelu", "kaiming_uniform", 1e-4, 1e-2),
 }
 # Larger batches, fewer epochs, and the learning rate grows with the batch. SVHN's subset of 6,500 images is too small for
-# weights that start in U(0, 1): after 10,000 such steps its networks still say the most frequent digit to all of them.
+# weights that start in U(0, 1): after 10,000 such steps its networks are no better than one answer to all images.
 SHORT = {name: replace(known, lr=6.4 * known.lr, batch_size=64, epochs=10) for name, known in PUBLISHED.items()}
 SHORT["svhn"] = Protocol("tanh", "kaiming_uniform", 3e-3, batch_size=64, epochs=30)
 PROTOCOLS = {"short": SHORT, "published": PUBLISHED}
