@@ -34,31 +34,11 @@ PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generator", required=True, help="Folder or Hub id.")
-    parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo that it was trained on.")
-    parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
-    parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
-    parser.add_argument("--tasks", nargs="*", help="Default: all that the generator knows.")
-    parser.add_argument("--n", type=int, default=50, help="Generated networks.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-
-    keep_memory()
-    pipe = WeightGenPipeline.from_pretrained(args.generator)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.image_encoder = load_image_encoder(args.image_encoder)
-    known = {task["name"]: task for task in pipe.config.tasks}
-    specs = [get_task(name) for name in args.tasks or known]
-    targets = {spec.name: pipe.targets[known[spec.name].get("target", 0)] for spec in specs}
-    side = targets[specs[0].name]["config"]["input_shape"][1]
-    data = load_images(specs, args.data_root, side)
-    zoo = load_zoo(args.zoo)
+    args = make_parser(__doc__, n=50).parse_args()
+    pipe, specs, configs, data, zoo = load(args)
     where = {key: list(zoo[key]) for key in ("task", "split", "seed", "checkpoint")}
     last, rows = max(where["checkpoint"]), []
     for spec in specs:
-        config = TargetConfig(**targets[spec.name]["config"], num_classes=len(spec.labels))
         others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
 
         def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
@@ -71,7 +51,7 @@ def main():
         members = of("train")
         rows += network_table(
             generate,
-            config,
+            configs[spec.name],
             data[spec.name],
             list(zoo_state_dicts(zoo, members)),
             list(zoo_state_dicts(zoo, of("held_out", latest=True))),
@@ -84,6 +64,37 @@ def main():
         if spec.name in PAPER:
             print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
         write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)
+
+
+def make_parser(description: str, n: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", required=True, help="Folder or Hub id.")
+    parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo that it was trained on.")
+    parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
+    parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
+    parser.add_argument("--tasks", nargs="*", help="Default: all that the generator knows.")
+    parser.add_argument("--n", type=int, default=n, help="Networks per row.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def load(args) -> tuple:
+    """The generator, the specs of its tasks, by their names their networks and images, and the zoo."""
+    keep_memory()
+    pipe = WeightGenPipeline.from_pretrained(args.generator)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.image_encoder = load_image_encoder(args.image_encoder)
+    known = {task["name"]: task for task in pipe.config.tasks}
+    specs = [get_task(name) for name in args.tasks or known]
+    configs = {
+        spec.name: TargetConfig(
+            **pipe.targets[known[spec.name].get("target", 0)]["config"], num_classes=len(spec.labels)
+        )
+        for spec in specs
+    }
+    data = load_images(specs, args.data_root, configs[specs[0].name].input_shape[1])
+    return pipe, specs, configs, data, load_zoo(args.zoo)
 
 
 def samples(pipe, data, spec, others, method: str, count: int, seed: int) -> list[dict]:

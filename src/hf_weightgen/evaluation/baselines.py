@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -132,9 +133,7 @@ def kde(
     member's, plus normal noise with a std of `bandwidth` (as SANE samples its latents, https://huggingface.co/papers/2406.09997).
     """
     components = _Components(members)
-    drawn = torch.tensor(
-        [i % len(members) for i in torch.randperm(max(n, len(members)), generator=generator)[:n].tolist()]
-    )
+    drawn = choose(range(len(members)), n, generator)
     noise = torch.randn(n, components.coordinates.shape[1], generator=generator, dtype=torch.float64)
     return components.state_dicts(components.coordinates[drawn] + bandwidth * noise)
 
@@ -157,16 +156,18 @@ def pca_flow(
     optimizer = torch.optim.AdamW(field.parameters(), lr=5e-4)
     for _ in range(steps):
         clean = data[torch.randint(len(data), (8,), generator=generator)]
-        noise, time = torch.randn(8, size, generator=generator), torch.rand(8, 1, generator=generator)
-        found = field(torch.cat([noise + time * (clean - noise), time], 1))
-        loss = F.mse_loss(found, clean - noise)
+        noise, sigma = torch.randn(8, size, generator=generator), torch.rand(8, 1, generator=generator)
+        found = field(torch.cat([clean + sigma * (noise - clean), sigma], 1))
+        loss = F.mse_loss(found, noise - clean)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(100)
+    x = torch.randn(n, size, generator=generator)
     with torch.no_grad():
-        x = torch.randn(n, size, generator=generator)
-        for step in range(100):
-            x = x + field(torch.cat([x, torch.full((n, 1), step / 100)], 1)) / 100
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+            x = scheduler.step(field(torch.cat([x, sigma.expand(n, 1)], 1)), t, x).prev_sample
     return components.state_dicts(x.double())
 
 

@@ -19,8 +19,8 @@ from ..weights.permutation import align
 from ..zoo.images import ImageData, Images
 from ..zoo.networks import initial, predict_networks
 from . import baselines
-from .accuracy import counts, majority, score
 from .rows import TaskRows, Unavailable
+from .table import generated_row, held_out_row, majority_row, members_at_distance, reconstruction_row, zoo_row
 
 
 StateDict = Mapping[str, Tensor]
@@ -53,7 +53,6 @@ def network_table(
     n: int = 50,
     baseline_n: int = 20,
     seed: int = 0,
-    on_row: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """
     Args:
@@ -81,8 +80,8 @@ def network_table(
     def predict(state_dicts: Sequence[StateDict], dataset: Dataset) -> Tensor:
         return predict_networks(config, stack(list(state_dicts)), inputs[id(dataset)])
 
-    aligned = canonical(members)
-    task = TaskRows(predict, view, aligned, member_seeds, n=n, best_of=n, seed=seed)
+    aligned, others = canonical(members), canonical(held_out)
+    task = TaskRows(predict, view, aligned, member_seeds, n=baseline_n, best_of=n, seed=seed)
     rows: dict[str, dict] = {}
 
     def add(method: str, make: Callable[[], dict]) -> None:
@@ -90,8 +89,6 @@ def network_table(
             rows[method] = make()
         except Unavailable as reason:
             rows[method] = task.empty(method) | {"note": str(reason)}
-        if on_row is not None:
-            on_row(rows[method])
 
     def generated(method: str, count: int) -> list[StateDict]:
         made = canonical(generate(method, count, task.derived(method)))
@@ -103,9 +100,9 @@ def network_table(
     seeds = torch.randint(2**31, (baseline_n,), generator=task.generator("random_init")).tolist()
     fresh = initial(config, seeds, init)
     add("random_init", lambda: task.row("random_init", [unstack(fresh, k) for k in range(baseline_n)]))
-    add("majority", lambda: _majority(task))
-    add("zoo", lambda: _zoo(task, rows["majority"]))
-    add("zoo_held_out", lambda: _held_out(task, canonical(held_out)))
+    add("majority", lambda: majority_row(task))
+    add("zoo", lambda: zoo_row(task, rows["majority"]))
+    add("zoo_held_out", lambda: held_out_row(task, others))
     for method, make in {
         "zoo_average": lambda g: [baselines.average(aligned)],
         "gaussian": lambda g: baselines.gaussian(aligned, baseline_n, g),
@@ -113,11 +110,11 @@ def network_table(
         "pca_flow": lambda g: baselines.pca_flow(aligned, baseline_n, g),
         "noise_0.05": lambda g: baselines.noisy(aligned, 0.05, baseline_n, g),
         "noise_0.15": lambda g: baselines.noisy(aligned, 0.15, baseline_n, g),
-        "noise_at_distance": lambda g: _at_distance(task, aligned, samples[:baseline_n], g),
+        "noise_at_distance": lambda g: members_at_distance(task, samples, g),
     }.items():
         add(method, lambda m=method, make=make: task.row(m, make(task.generator(m))))
-    add("reconstruction", lambda: _reconstruction(task, reconstruct, canonical(held_out) or aligned))
-    add("generated", lambda: _generated(task, samples, canonical(held_out)))
+    add("reconstruction", lambda: reconstruction_row(task, reconstruct, others or aligned))
+    add("generated", lambda: generated_row(task, samples, samples, others, rows["zoo"]))
     add("generated_from_prompts", lambda m="generated_from_prompts": task.row(m, generated(m, baseline_n)))
     for method in ("generated_shuffled", "generated_mismatched"):
         add(
@@ -127,45 +124,3 @@ def network_table(
             ),
         )
     return [rows[method] for method in METHODS]
-
-
-def _majority(task: TaskRows) -> dict:
-    return task.summary("majority", torch.full((1, len(task.labels)), majority(task.train["label"])))
-
-
-def _zoo(task: TaskRows, majority_row: dict) -> dict:
-    # of every run its last member: the best is chosen from as many independent runs as there are
-    last = list(dict(zip(task.groups or range(len(task.members)), task.members, strict=True)).values())
-    row = task.row("zoo", task.members, pool=last[: task.best_of], groups=task.groups)
-    scores = score(task.predictions, task.labels)
-    return row | {"counted": counts(scores, majority_row["mean"], len(task.labels))}
-
-
-def _held_out(task: TaskRows, held_out: Sequence[StateDict]) -> dict:
-    if not held_out:
-        raise Unavailable("no held-out member of this task was given")
-    return task.row("zoo_held_out", held_out)
-
-
-def _at_distance(task: TaskRows, members, generated, generator: torch.Generator) -> list[StateDict]:
-    distance = task.distance(generated).quantile(0.5).item()
-    try:
-        return baselines.noisy_at_distance(members, distance, len(generated), generator, task.distance)
-    except RuntimeError as error:
-        raise Unavailable(str(error)) from error
-
-
-def _reconstruction(task: TaskRows, reconstruct, originals: Sequence[StateDict]) -> dict:
-    if reconstruct is None:
-        raise Unavailable("a reconstruction needs `reconstruct`")
-    row = task.row("reconstruction", list(reconstruct(originals)))
-    before = score(task.predict(originals, task.test), task.labels).mean()
-    return row | {"loss": {"mean": float(before - row["mean"]), "max": float(before - row["mean"])}}
-
-
-def _generated(task: TaskRows, samples: Sequence[StateDict], held_out: Sequence[StateDict]) -> dict:
-    row, predictions = task.row("generated", samples), task.predict(samples, task.test)
-    row["difference"] = task.difference(predictions, task.predictions, task.groups)
-    if held_out:
-        row["difference_held_out"] = task.difference(predictions, task.predict(held_out, task.test))
-    return row

@@ -178,9 +178,9 @@ def honest_table(
     members, held_out = list(members), list(held_out)
     template = (members or held_out or generated)[0]
     add("random_init", lambda: task.row("random_init", baselines.random_init(template, n, task.generator("random"))))
-    add("majority", lambda: _majority(task))
-    add("zoo", lambda: _zoo(task, rows["majority"]))
-    add("zoo_held_out", lambda: _held_out(task, held_out))
+    add("majority", lambda: majority_row(task))
+    add("zoo", lambda: zoo_row(task, rows["majority"]))
+    add("zoo_held_out", lambda: held_out_row(task, held_out))
     add("zoo_start", lambda: _start(task, start))
     looked_up = lookup_members or {spec.name: members}
     nearest = functools.cache(lambda: _nearest_known(encoder, prompts, known_tasks, looked_up))
@@ -190,11 +190,11 @@ def honest_table(
         "gaussian": lambda g: baselines.gaussian(task.aligned, n, g),
         "noise_0.05": lambda g: baselines.noisy(task.aligned, 0.05, n, g),
         "noise_0.15": lambda g: baselines.noisy(task.aligned, 0.15, n, g),
-        "noise_at_distance": lambda g: _at_distance(task, generated, g),
+        "noise_at_distance": lambda g: members_at_distance(task, generated, g),
     }.items():
         add(method, lambda m=method, make=make: task.need_members() and task.row(m, make(task.generator(m))))
-    add("reconstruction", lambda: _reconstruction(task, reconstruct, held_out or members))
-    add("generated", lambda: _generated(task, generated, candidates, held_out, rows["zoo"]))
+    add("reconstruction", lambda: reconstruction_row(task, reconstruct, held_out or members))
+    add("generated", lambda: generated_row(task, generated, candidates, held_out, rows["zoo"]))
     add("generated_held_out_prompts", lambda: _held_out_prompts(task, sample, labels))
     add("generated_mismatched", lambda: _mismatched(task, sample, labels, mismatched_prompts))
     add("generated_swapped", lambda: _swapped(task, sample, labels, prompts, generated))
@@ -202,22 +202,22 @@ def honest_table(
     return [rows[method] for method in METHODS]
 
 
-def _majority(task: TaskRows) -> dict:
+def majority_row(task: TaskRows) -> dict:
     most = majority(task.train.with_format(None)["label"])
     return task.summary("majority", torch.full((1, len(task.labels)), most))
 
 
-def _zoo(task: TaskRows, majority_row: dict) -> dict:
+def zoo_row(task: TaskRows, of_majority: dict) -> dict:
     members = task.need_members()
     # the same n as best-of-n of the generator: a larger zoo would have more draws for its best
     order = torch.randperm(len(members), generator=task.generator("zoo"))[: task.best_of].tolist()
     pool = [members[i] for i in order]
     row = task.row("zoo", members, pool=pool, groups=task.groups)
     scores = score(task.predictions, task.labels, task.spec.metric)
-    return row | {"counted": counts(scores, majority_row["mean"], len(task.labels), task.spec.metric)}
+    return row | {"counted": counts(scores, of_majority["mean"], len(task.labels), task.spec.metric)}
 
 
-def _held_out(task: TaskRows, held_out: Sequence[StateDict]) -> dict:
+def held_out_row(task: TaskRows, held_out: Sequence[StateDict]) -> dict:
     if not held_out:
         raise Unavailable("no held-out member of this task was given")
     return task.row("zoo_held_out", held_out)
@@ -259,7 +259,7 @@ def _lookup(task: TaskRows, encoder, found: list[Mapping], lookup_members) -> di
     return task.row("lookup", made) | {"found": list(dict.fromkeys(known["name"] for known in found))}
 
 
-def _at_distance(task: TaskRows, generated: Sequence[StateDict], generator: torch.Generator) -> list[StateDict]:
+def members_at_distance(task: TaskRows, generated: Sequence[StateDict], generator: torch.Generator) -> list[StateDict]:
     distance = task.distance(generated).quantile(0.5).item()
     try:
         return baselines.noisy_at_distance(task.aligned, distance, task.n, generator, task.distance)
@@ -267,7 +267,7 @@ def _at_distance(task: TaskRows, generated: Sequence[StateDict], generator: torc
         raise Unavailable(str(error)) from error
 
 
-def _reconstruction(task: TaskRows, reconstruct, originals: Sequence[StateDict]) -> dict:
+def reconstruction_row(task: TaskRows, reconstruct, originals: Sequence[StateDict]) -> dict:
     if reconstruct is None or not originals:
         raise Unavailable("a reconstruction needs `reconstruct` and members of this task")
     reconstructed = list(reconstruct(originals))
@@ -279,13 +279,13 @@ def _reconstruction(task: TaskRows, reconstruct, originals: Sequence[StateDict])
     return row | {"loss": {"mean": float((before - after).mean()), "max": float((before - after).max())}}
 
 
-def _generated(task: TaskRows, generated, candidates, held_out: Sequence[StateDict], zoo_row: dict) -> dict:
+def generated_row(task: TaskRows, generated, candidates, held_out: Sequence[StateDict], of_zoo: dict) -> dict:
     row = task.row("generated", generated, pool=candidates)
     predictions = task.predict(generated, task.test)
     if task.members:
         row["difference"] = task.difference(predictions, task.predictions, task.groups)
-    elif zoo_row["mean"] is not None:  # stored: no interval without the members' predictions
-        row["difference"] = {"mean": row["mean"] - zoo_row["mean"], "ci95": None}
+    elif of_zoo["mean"] is not None:  # stored: no interval without the members' predictions
+        row["difference"] = {"mean": row["mean"] - of_zoo["mean"], "ci95": None}
     if held_out:
         row["difference_held_out"] = task.difference(predictions, task.predict(held_out, task.test))
     return row

@@ -3,7 +3,8 @@
 The Tiny Model Zoo's networks (https://huggingface.co/papers/2209.14764) with their published initialisation, activation
 and optimiser of each dataset: in their published protocol, or by default in a short one, which is told in every row.
 
-Every group of seeds becomes one shard as soon as it is trained, so that a restart goes on with the groups that are missing; a group's randomness depends on the task and its seeds only.
+Every group of seeds becomes one shard as soon as it is trained, so that a restart goes on with the groups that are
+missing; a group's randomness depends on the task and its seeds only.
 """
 
 from collections.abc import Sequence
