@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge as SklearnRidge
 
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from tiny import random
@@ -112,3 +113,58 @@ def test_it_is_saved_and_loaded(tmp_path):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="`pooling` must be one of .*got 'mean'"):
         DatasetEncoderConfig(pooling="mean")
+
+
+class TestRidge:
+    """Class embeddings that are the rows of a classifier of the examples."""
+
+    @staticmethod
+    def model(**settings) -> DatasetEncoder:
+        torch.manual_seed(0)
+        sizes = SIZES | {"embedding_size": SIZES["feature_size"] + 1}
+        return DatasetEncoder(DatasetEncoderConfig(**sizes, num_inducing_points=3, ridge=True, **settings)).eval()
+
+    def test_rows_are_those_of_sklearn(self):
+        features = examples(1, 3, 4)
+        model = self.model()
+        with torch.no_grad():
+            rows = model.ridge(features, torch.ones(1, 3, 4, dtype=torch.bool))[0]
+        flat = features[0].flatten(0, 1).double()
+        origin = 0.5 * flat.mean(0)  # half way to the centre of all sets, which is zero here
+        flat = flat - origin
+        targets = torch.eye(3).repeat_interleave(4, 0).double() - 1 / 3
+        strength = flat.square().sum(1).mean().item()
+        known = SklearnRidge(alpha=strength, fit_intercept=False).fit(flat.numpy(), targets.numpy()).coef_
+        known = torch.from_numpy(known) / torch.from_numpy(known).norm(dim=1).mean()
+        torch.testing.assert_close(rows[:, :-1].double(), known, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rows[:, -1].double(), -(known @ origin), atol=1e-5, rtol=1e-4)
+
+    @settings(max_examples=10, deadline=None)
+    @given(seed=st.integers(0, 2**31), classes=st.integers(2, 5), count=st.integers(1, 4), names=st.booleans())
+    def test_order_and_padding_do_not_matter(self, seed, classes, count, names):
+        model, features = self.model(reads_names=names), examples(1, classes, count, seed=seed)
+        told = examples(1, classes, seed=seed + 1) if names else None
+        mask = torch.ones(features.shape[:3], dtype=torch.bool)
+        _, rows = model.encode(features, mask, told)
+        order, inner = (torch.randperm(size, generator=random(seed)) for size in (classes, count))
+        moved_names = None if told is None else told[:, order]
+        _, moved = model.encode(features[:, order][:, :, inner], mask, moved_names)
+        torch.testing.assert_close(moved, rows[:, order], atol=1e-4, rtol=1e-4)
+        wide, wider = F.pad(features, (0, 0, 0, 2, 0, 1)), F.pad(mask, (0, 2, 0, 1))
+        padded_names = None if told is None else F.pad(told, (0, 0, 0, 1))
+        _, padded = model.encode(wide, wider, padded_names)
+        torch.testing.assert_close(padded[:, :classes], rows, atol=1e-4, rtol=1e-4)
+        assert not padded[:, classes:].any()
+
+    def test_a_name_is_an_example(self):
+        model, features, names = self.model(), examples(1, 3, 2), examples(1, 3, seed=1)
+        mask = torch.ones(1, 3, 3, dtype=torch.bool)
+        with torch.no_grad():
+            # a name weighs as one example, and the strength does not change with the number of examples
+            with_names = model.ridge(features, mask[..., :2], names)
+            as_examples = model.ridge(torch.cat([features, names[:, :, None]], 2), mask)
+        torch.testing.assert_close(with_names, as_examples, atol=1e-5, rtol=1e-4)
+
+    def test_it_needs_a_size_for_weight_and_bias(self):
+        with pytest.raises(ValueError, match="`feature_size` \\+ 1 = 7, got 8"):
+            DatasetEncoderConfig(**SIZES, ridge=True)

@@ -2,8 +2,10 @@
 
 References: D2NWG (https://huggingface.co/papers/2402.18153), section 3.3 and eq. 2: sets of encoder features per class, a
 transformation within classes, another over classes, and a contrastive alignment with weight latents; Set Transformer
-(https://huggingface.co/papers/1810.00825), sections 3.1 and 3.2 (MAB, ISAB, PMA). Ours: the embeddings lie in the space of
-the text encoder, so that a generator takes a prompt, a dataset, or both; and every class has an embedding of its own.
+(https://huggingface.co/papers/1810.00825), sections 3.1 and 3.2 (MAB, ISAB, PMA); ridge regression as a layer (R2-D2,
+https://huggingface.co/papers/1805.08136, eq. 4). Ours: the embeddings lie in the space of the text encoder, so that a generator
+takes a prompt, a dataset, or both; and every class has an embedding of its own. Of generators of classifiers on the encoder's
+own features, that is where ridge regression puts the class.
 
 Notation used for shapes:
     - B: datasets in the batch;  C: classes, padded;  n: examples of a class, padded;  F: size of a feature
@@ -38,6 +40,9 @@ class DatasetEncoderConfig(PreTrainedConfig):
         alignment: `"info_nce"` (eq. 2), or `"soft"`: targets are the similarities within the two sides, as in the paper's
             code.
         temperature: tau of eq. 2.
+        ridge: Class embeddings are rows of a linear classifier of the features, weight and bias, that [`Ridge`] fits to the
+            examples and the Set Transformer corrects; `embedding_size` then is F + 1.
+        reads_names: The name of a class is one more example of it, as the encoder of the features reads it; with `ridge`.
     """
 
     model_type = "weight_dataset_encoder"
@@ -53,8 +58,14 @@ class DatasetEncoderConfig(PreTrainedConfig):
     num_examples: int = 5
     alignment: str = "info_nce"
     temperature: float = 0.1
+    ridge: bool = False
+    reads_names: bool = False
 
     def __post_init__(self, **kwargs):
+        if self.ridge and self.embedding_size != self.feature_size + 1:
+            raise ValueError(
+                f"With `ridge`, `embedding_size` must be `feature_size` + 1 = {self.feature_size + 1}, got {self.embedding_size}."
+            )
         for name, known in (("pooling", POOLINGS), ("alignment", ALIGNMENTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
@@ -112,6 +123,59 @@ class _SetTransformer(nn.Module):
         return members, self.pool(self.seed.expand(len(members), -1, -1), members, mask)[:, 0]
 
 
+class Ridge(nn.Module):
+    """
+    A linear classifier of a few examples: ridge regression (R2-D2, eq. 4) in a metric that many other sets have taught.
+
+    Parameters: `metric` (F, F), by which features are multiplied; `centre` (F,), their mean over all sets; `log_strength` (2,), of
+    the penalty, and `log_name_weight` (2,), how many examples the name of a class is worth: for n examples of a class the first
+    entry plus the second times log n.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.metric, self.centre = nn.Parameter(torch.empty(size, size)), nn.Parameter(torch.empty(size))
+        self.log_strength, self.log_name_weight = nn.Parameter(torch.empty(2)), nn.Parameter(torch.empty(2))
+
+    def forward(self, features: Tensor, mask: Tensor, name_embeds: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            features (`torch.FloatTensor` of shape `(B, C, n, F)`), mask (`torch.BoolTensor` of shape `(B, C, n)`).
+            name_embeds (`torch.FloatTensor` of shape `(B, C, F)`, *optional*): As one more example of each class.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, C, F + 1)` in float32: weight and bias of each class, with weights of length 1 on
+            average; zeros in the place of padding.
+        """
+        count, features = mask, features.float() @ self.metric.float()
+        shots = (mask.sum((1, 2)) / mask.any(-1).sum(1)).log()  # (B,), of a mean class
+        log_strength, log_name_weight = (
+            first + more * shots for first, more in (self.log_strength.float(), self.log_name_weight.float())
+        )
+        penalty = torch.ones_like(features[..., 0])
+        if name_embeds is not None:
+            features = torch.cat([features, name_embeds.float()[:, :, None] @ self.metric.float()], 2)
+            mask = torch.cat([mask, mask.any(-1, keepdim=True)], 2)
+            lighter = (-log_name_weight).exp()[:, None, None].expand_as(penalty[..., :1])
+            penalty = torch.cat([penalty, lighter], 2)
+        B, C, n, _ = features.shape
+        real, classes = mask.flatten(1)[..., None].float(), count.any(-1).float()  # (B, C n, 1), (B, C)
+        flat = features.flatten(1, 2)
+        mean = (flat * real).sum(1) / real.sum(1)  # (B, F)
+        origin = 0.5 * (mean + self.centre.float() @ self.metric.float())
+        flat = (flat - origin[:, None]) * real
+        gram = flat @ flat.mT  # (B, C n, C n)
+        size = gram.diagonal(dim1=1, dim2=2).sum(1) / real[..., 0].sum(1)
+        strength = (log_strength.exp() * size)[:, None] * penalty.flatten(1)
+        targets = torch.eye(C).to(flat).repeat_interleave(n, 0) - classes[:, None] / classes.sum(1)[:, None, None]
+        weight = flat.mT @ torch.linalg.solve(gram + torch.diag_embed(strength), targets * real)  # (B, F, C)
+        weight = weight.mT * classes[..., None]
+        length = weight.norm(dim=-1).sum(1) / classes.sum(1)
+        weight = weight / length[:, None, None].clamp(min=1e-12)
+        bias = -(weight @ origin[..., None])
+        return torch.cat([weight @ self.metric.float().mT, bias], -1)
+
+
 class DatasetEncoder(PreTrainedModel):
     config_class = DatasetEncoderConfig
     main_input_name = "features"
@@ -128,6 +192,8 @@ class DatasetEncoder(PreTrainedModel):
             self.feature_in = nn.Linear(config.feature_size, size)
             arguments = (size, config.num_attention_heads, config.num_inducing_points)
             self.within, self.over = _SetTransformer(*arguments), _SetTransformer(*arguments)
+        if config.ridge:
+            self.ridge = Ridge(config.feature_size)
         self.class_out, self.dataset_out = nn.Linear(size, E), nn.Linear(size, E)
         self.latent_projection = nn.Linear(config.latent_size, E)
         self.post_init()
@@ -142,16 +208,27 @@ class DatasetEncoder(PreTrainedModel):
         if isinstance(module, nn.MultiheadAttention):
             init.normal_(module.in_proj_weight, std=module.embed_dim**-0.5)
             init.zeros_(module.in_proj_bias)
+        if isinstance(module, Ridge):
+            init.eye_(module.metric)
+            for parameter in (module.centre, module.log_strength, module.log_name_weight):
+                init.zeros_(parameter)
+        if module is self and self.config.ridge:  # its rows are where training starts
+            init.zeros_(self.class_out.weight)
+            init.zeros_(self.class_out.bias)
 
-    def encode(self, features: Tensor, example_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, features: Tensor, example_mask: Tensor, name_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             features (`torch.FloatTensor` of shape `(B, C, n, F)`): Of frozen encoders, unit length.
             example_mask (`torch.BoolTensor` of shape `(B, C, n)`): `True` on examples; a class without any is padding.
+            name_embeds (`torch.FloatTensor` of shape `(B, C, F)`, *optional*): What the encoder of the features makes of the
+                class names; read with `ridge`.
 
         Returns:
-            Embeddings of the datasets `(B, E)` and of their classes `(B, C, E)`, each of unit length. With the Set Transformer
-            they do not depend on the order of examples, and classes may come in any order.
+            Embeddings of the datasets `(B, E)`, of unit length, and of their classes `(B, C, E)`, of unit length without `ridge`.
+            With the Set Transformer they do not depend on the order of examples, and classes may come in any order.
         """
         B, C, n, _ = features.shape
         class_mask = example_mask.any(-1)  # (B, C)
@@ -172,7 +249,10 @@ class DatasetEncoder(PreTrainedModel):
             members = self.feature_in(features * size).flatten(0, 1)
             _, classes = self.within(members, inside.flatten(0, 1))  # (B C, H)
             classes, dataset = self.over(classes.unflatten(0, (B, C)), class_mask)
-        return F.normalize(self.dataset_out(dataset), dim=-1), F.normalize(self.class_out(classes), dim=-1)
+        dataset, classes = F.normalize(self.dataset_out(dataset), dim=-1), self.class_out(classes)
+        if self.config.ridge:
+            return dataset, self.ridge(features, example_mask, name_embeds) + classes * class_mask[..., None]
+        return dataset, F.normalize(classes, dim=-1)
 
     def forward(
         self,

@@ -34,7 +34,7 @@ class WeightVAEConfig(PreTrainedConfig):
     r"""
     Args:
         token_size: S.
-        num_body_tokens: T, see [`WeightTokenizer.num_body_tokens`].
+        num_body_tokens: T, see [`WeightTokenizer.num_body_tokens`]; 0 for heads alone.
         embedding_size: E; 384 is all-MiniLM-L6-v2.
         latent_shape: Latent as an image `(channels, height, width)` for a U-Net.
         token_width: Each body token has a linear map of its own from S to this width (T2W).
@@ -114,8 +114,9 @@ class WeightVAE(PreTrainedModel):
         self.token_in = nn.Parameter(torch.empty(T, S, d))  # every body token has its own map (T2W's chunks)
         self.token_out = nn.Parameter(torch.empty(T, d, S))
         self.token_bias = nn.Parameter(torch.empty(T, S))
-        self.body_in = nn.Linear(T * d, H)
-        self.body_out = nn.Linear(H, T * d)
+        if T:
+            self.body_in = nn.Linear(T * d, H)
+            self.body_out = nn.Linear(H, T * d)
         self.class_in = nn.Linear(S + E, H)
         self.class_set = nn.Linear(H, H)
         self.to_latent = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, 2 * Z))
@@ -160,10 +161,12 @@ class WeightVAE(PreTrainedModel):
         """
         T = self.config.num_body_tokens
         body, rows = weight_tokens[:, :T], weight_tokens[:, T:]
-        hidden = self.body_in(torch.einsum("bts,tsd->btd", body - self.token_bias, self.token_in).flatten(1))  # (B, H)
         rows = centred(rows, class_mask)
         features = F.silu(self.class_in(torch.cat([rows, class_embeds], -1)))  # (B, C, H)
-        hidden = hidden + self.class_set(class_mean(features, class_mask)[:, 0])
+        hidden = self.class_set(class_mean(features, class_mask)[:, 0])  # (B, H)
+        if T:
+            narrow = torch.einsum("bts,tsd->btd", body - self.token_bias, self.token_in)
+            hidden = self.body_in(narrow.flatten(1)) + hidden
         mean, log_variance = self.to_latent(hidden).chunk(2, -1)
         return mean, log_variance.clamp(-12, 4)
 
@@ -180,9 +183,11 @@ class WeightVAE(PreTrainedModel):
         return self._decode(self.from_latent(latents), class_embeds)
 
     def _decode(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:
+        rows = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds)
+        if not self.config.num_body_tokens:
+            return rows
         narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
         body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
-        rows = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds)
         return torch.cat([body, rows], 1)
 
     def _specific_rows(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:

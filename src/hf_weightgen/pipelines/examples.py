@@ -21,7 +21,8 @@ def examples_of(dataset: object) -> tuple[list[str], list[list]]:
             and one of images or texts; or pairs `(example, label)`.
 
     Returns:
-        The C class names, and the examples of each: pictures, texts, or pixels `(channels, height, width)` from 0 to 255.
+        The C class names, and the examples of each: pictures, texts, pixels `(channels, height, width)` from 0 to 255, or
+        features `(F,)` that the generator's frozen encoder made of them.
 
     Raises:
         TypeError, ValueError: If it is none of these, a class has no example, or images and texts are mixed.
@@ -77,7 +78,9 @@ def _kind(example: object) -> str:
         return "images"
     if isinstance(example, Tensor) and example.dtype == torch.uint8 and example.dim() == 3 and len(example) in (1, 3):
         return "images"
+    if isinstance(example, Tensor) and example.is_floating_point() and example.dim() == 1:
+        return "features"
     raise TypeError(
-        "An example must be a text, a picture, or a tensor of bytes (1 or 3, height, width), got "
+        "An example must be a text, a picture, a tensor of bytes (1 or 3, height, width), or a vector of features, got "
         f"{type(example).__name__} {tuple(getattr(example, 'shape', ()))}."
     )

@@ -233,6 +233,8 @@ class D2NWGPipeline(WeightGenPipeline):
         prompts = self.check_prompts(prompt) if prompt is not None else []
         class_embeds, names = None, self.check_labels(labels, len(prompts if prompt_embeds is None else prompt_embeds))
         embeds = self.encoder.embed(prompts) if prompts else prompt_embeds
+        if embeds is not None and embeds.shape[1] != size:
+            raise ValueError("This generator reads datasets, no prompts: give `dataset` alone.")
         if dataset is not None:
             names, of_dataset, class_embeds = self.encode_dataset(dataset)
             embeds = of_dataset if embeds is None else F.normalize(embeds + of_dataset, dim=-1)
@@ -313,18 +315,26 @@ class D2NWGPipeline(WeightGenPipeline):
         if self.dataset_encoder is None:
             raise ValueError("This generator reads prompts, no datasets: it has no dataset encoder.")
         names, examples = examples_of(dataset)
-        flat, kind = (
-            [example for own in examples for example in own],
-            "texts" if self.config.image_encoder is None else "images",
-        )
-        if isinstance(flat[0], str) != (kind == "texts"):
+        flat = [example for own in examples for example in own]
+        kind = "texts" if self.config.image_encoder is None else "images"
+        if isinstance(flat[0], Tensor) and flat[0].dim() == 1:
+            features = torch.stack(flat)  # (sum of n, F)
+            size = self.dataset_encoder.config.feature_size
+            if features.shape[1] != size:
+                raise ValueError(f"This generator reads features of size {size}, got {features.shape[1]}.")
+        elif isinstance(flat[0], str) != (kind == "texts"):
             raise TypeError(f"This generator reads datasets of {kind}, got {type(flat[0]).__name__}.")
-        features = (self.encoder if kind == "texts" else self.image_encoder).embed(flat)  # (sum of n, F)
+        else:
+            features = (self.encoder if kind == "texts" else self.image_encoder).embed(flat)
         counts = [len(own) for own in examples]
         padded = torch.nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)[None]  # (1, C, n, F)
         mask = (torch.arange(padded.shape[2]) < torch.tensor(counts)[:, None])[None]
-        encoder = self.dataset_encoder
-        of_dataset, of_classes = encoder.encode(padded.to(encoder.device, encoder.dtype), mask.to(encoder.device))
+        encoder, of_names = self.dataset_encoder, None
+        if encoder.config.reads_names:
+            of_names = self.encoder.embed(names)[None].to(encoder.device, encoder.dtype)
+        of_dataset, of_classes = encoder.encode(
+            padded.to(encoder.device, encoder.dtype), mask.to(encoder.device), of_names
+        )
         return names, of_dataset.float().cpu(), of_classes.float()
 
     def _fits(self, prompt: str, embed: Tensor, class_embeds: Tensor, names: list[str]) -> bool:

@@ -1,0 +1,137 @@
+"""A zoo of linear heads on frozen features: thousands of tasks, each some classes of a set, a group of them trained at once.
+
+Reference: D2NWG (https://huggingface.co/papers/2402.18153), section 4.1.1: "linear probing a classifier head on each of the
+50,000 subsets".
+
+Every group is a shard as soon as it is trained; the same call continues with what is missing.
+
+Notation: K heads of a group, C classes, F size of a feature.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from tqdm.auto import tqdm
+
+from ..targets.architectures import TargetConfig
+from ..targets.stacked import unstack
+from .features import FeatureSet
+from .folder import ZooFolder
+from .networks import initial, predict_networks, train_networks
+from .recipe import check_same_config, seed_of, versions, write_config
+from .schema import make_row
+
+
+@dataclass(frozen=True)
+class HeadZooConfig:
+    """
+    Args:
+        tasks: Heads in all; the last tenth trains no generator.
+        ways: Class counts, one per group in turn.
+        group: Heads that are trained at once.
+        examples, tests: Of each class, to train on and to measure.
+        sets: Names of the sets, which are drawn by the square root of their class counts.
+    """
+
+    sets: tuple[str, ...]
+    tasks: int = 4096
+    ways: tuple[int, ...] = (5, 2, 5, 10)
+    group: int = 256
+    examples: int = 40
+    tests: int = 20
+    epochs: int = 40
+    batch_size: int = 50
+    lr: float = 0.02
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build_head_zoo(
+    sets: Mapping[str, FeatureSet], folder: str | Path, config: HeadZooConfig | None = None, progress: bool = True
+) -> ZooFolder:
+    """
+    Trains what is missing of a zoo in `folder`.
+
+    Raises:
+        ValueError: If the folder holds a zoo of another configuration, or no set has as many classes as `ways` asks for.
+    """
+    folder, config = ZooFolder(folder), config or HeadZooConfig(tuple(sets))
+    settings = json.loads(json.dumps(asdict(config)))  # lists in the place of tuples, as a file tells them
+    check_same_config(folder.path, settings)
+    write_config(folder.path, settings)
+    done, starts = folder.finished(), range(0, config.tasks, config.group)
+    for number, start in enumerate(tqdm(starts, desc="head zoo", unit="group", disable=not progress)):
+        if f"head-{start}" not in done:
+            count = min(config.group, config.tasks - start)
+            folder.add(
+                f"heads-{start:06d}", _train(sets, config, config.ways[number % len(config.ways)], start, count)
+            )
+    return folder
+
+
+def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, start: int, count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed_of(config.seed, "heads", start))
+    usable = [name for name in config.sets if len(sets[name]) >= ways]
+    if not usable:
+        raise ValueError(f"No set has {ways} classes; `ways` of a zoo must fit one of its sets.")
+    odds = torch.tensor([len(sets[name]) for name in usable]).sqrt()
+    chosen = [usable[i] for i in torch.multinomial(odds, count, replacement=True, generator=generator).tolist()]
+    classes = [torch.randperm(len(sets[name]), generator=generator)[:ways] for name in chosen]
+    drawn = [_examples(sets[n], c, config, generator) for n, c in zip(chosen, classes, strict=True)]
+    inputs, tests = (torch.stack(part) for part in zip(*drawn, strict=True))  # (K, C, examples or tests, F)
+    target = TargetConfig(input_shape=[inputs.shape[-1]], layers=[], num_classes=ways)
+    labels = torch.arange(ways).repeat_interleave(config.examples).expand(count, -1)
+    *_, trained = train_networks(
+        target,
+        initial(target, [seed_of(config.seed, start + k) for k in range(count)]),
+        inputs.flatten(1, 2),
+        labels,
+        lambda tensors: AdamW(tensors, lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        epochs=config.epochs,
+        batch_size=min(config.batch_size, labels.shape[1]),
+        generator=generator,
+    )
+    rows = []
+    for k, (name, own) in enumerate(zip(chosen, classes, strict=True)):
+        head = unstack(trained, k)
+        said = predict_networks(target, {key: tensor[None] for key, tensor in head.items()}, tests[k].flatten(0, 1))[0]
+        truth = torch.arange(ways).repeat_interleave(config.tests)
+        names = [sets[name].classes[c] for c in own.tolist()]
+        rows.append(
+            make_row(
+                head,
+                id=f"head-{start + k}",
+                task=name,
+                family=name,
+                split="held_out" if start + k >= config.tasks * 0.9 else "train",
+                text=f"{name}: {', '.join(names)}",
+                labels=names,
+                seed=start + k,
+                checkpoint=0,
+                epoch=config.epochs,
+                arch={"name": "head", "input_shape": target.input_shape},
+                metrics={"validation": (said == truth).double().mean().item()},
+                provenance={"hyper_parameters": asdict(config) | {"optimizer": "AdamW"}, "versions": versions()},
+            )
+        )
+    return rows
+
+
+def _examples(
+    features: FeatureSet, classes: Tensor, config: HeadZooConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Features to train on and to measure, of some classes; of small classes some come twice, but none on both sides."""
+    parts = ([], [])
+    for c in classes.tolist():
+        order = torch.randperm(int(features.counts[c]), generator=generator)
+        tests = max(1, min(config.tests, len(order) // 4))
+        for part, rows, wanted in zip(
+            parts, (order[tests:], order[:tests]), (config.examples, config.tests), strict=True
+        ):
+            part.append(features.features[c, rows[torch.arange(wanted) % len(rows)]])
+    return torch.stack(parts[0]), torch.stack(parts[1])
