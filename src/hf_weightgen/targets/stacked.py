@@ -57,7 +57,8 @@ def stacked_logits(
 
 
 def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) -> Tensor:
-    act, layers = getattr(F, activation), list(layers)
+    act = _tanh if activation == "tanh" and not torch.is_grad_enabled() else getattr(F, activation)
+    layers = list(layers)
     if len(x) < _networks(params) and [layer["kind"] for layer in layers[:2]] == ["conv", "max_pool"]:
         x, layers = _conv_and_pool(x, layers[0], params), layers[2:]
     for layer in layers:
@@ -242,6 +243,14 @@ class _LargestProduct(torch.autograd.Function):
         below, right_above, right_below = _winners(grad, *leads)
         of_weight = grad @ a.mT + below @ (c - a).mT + right_above @ (b - a).mT + right_below @ (d - c).mT
         return of_weight, grad.sum(1), None, None, None, None
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """
+    Through the sigmoid, of which torch has a kernel several times as fast. In float32 they differ by up to 2e-7: nothing to
+    a prediction, but in training it adds up.
+    """
+    return (2 * x).sigmoid_().mul_(2).sub_(1)
 
 
 def _largest_product(weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def predict_networks(
         read, columns = images_last(examples), []
         for part in _parts(K, at_once or (32 if images else K)):
             logits = stacked_logits(config, {n: t[part] for n, t in params.items()}, read[part] if own else read)
-            columns.append(_masked(logits, num_classes, part).argmax(-1))
+            columns.append(_masked(logits, num_classes, part).max(-1).indices)  # `argmax` reads number by number
         predictions.append(torch.cat(columns))
     return torch.cat(predictions, 1)
 
