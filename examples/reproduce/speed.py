@@ -4,14 +4,20 @@
 
 The prompt's encoding is part of the time, imports and loading are not. Told are the median and the slowest of several
 calls, each with a prompt that was never asked before, and the process's peak of resident memory.
+
+    python examples/reproduce/speed.py --format json
+
+prints something else: what training, evaluating and generating small networks costs beside the plain loop, see `ratios.py`.
 """
 
 import argparse
+import json
 import resource
 import statistics
 import time
 from pathlib import Path
 
+import ratios
 import torch
 
 from hf_weightgen import WeightGenPipeline
@@ -25,10 +31,20 @@ def main():
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--batch", type=int, default=50, help="Samples of the larger call.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="JSON file of the table.")
     parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table.")
+    parser.add_argument("--format", choices=("json", "table"), help="Print ratios to the plain loop in this form.")
+    parser.add_argument("--data_root", help="Folder with datasets under their Hub ids: ratios on MNIST, not on noise.")
+    parser.add_argument("--repeats", type=int, default=5, help="Of each side of a ratio; the median counts.")
     args = parser.parse_args()
 
+    if args.format:
+        rows = ratios.measure(args.generator, args.data_root, args.batch, args.repeats)
+        print(json.dumps(rows, indent=1) if args.format == "json" else ratios.table(rows))
+        if args.out:
+            command = f"python examples/reproduce/speed.py --format json --batch {args.batch} --repeats {args.repeats}"
+            write_results(args.out, "ratios", command, 0, rows)
+        return
     pipe = WeightGenPipeline.from_pretrained(args.generator)
     pipe.set_progress_bar_config(disable=True)
     labels = list(pipe.config.tasks[0]["labels"])
@@ -51,7 +67,8 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     rows.append({"task": known, "method": "peak resident memory", "metric": "GB", "mean": peak, "n": 1})
     command = f"python examples/reproduce/speed.py --calls {args.calls} --batch {args.batch} --seed {args.seed}"
-    write_results(args.out, "speed", command, args.seed, rows)
+    if args.out:
+        write_results(args.out, "speed", command, args.seed, rows)
     print(summary(rows))
     if args.card:
         add_figures(args.card, "Speed", command, summary(rows))

@@ -79,6 +79,57 @@ def test_in_float32_parameters_agree_within_a_ten_thousandth():
             torch.testing.assert_close(trained[name][k], tensor, rtol=1e-4, atol=1e-6)
 
 
+HEADS = TargetConfig(input_shape=[12], layers=[], num_classes=4)
+
+
+@pytest.mark.parametrize("batch", [23, BATCH], ids=["whole", "mini-batches"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_linear_heads_are_those_of_linear_layers_trained_each_alone(optimizer, batch):
+    make_optimizer, make_scheduler = OPTIMIZERS[optimizer]
+    features = torch.randn(len(SEEDS), 23, 12, generator=random(1))
+    labels = torch.randint(4, (len(SEEDS), 23), generator=random(2))
+    epochs, start = STEPS // (23 // batch), initial(HEADS, SEEDS)
+    params = {name: tensor.clone() for name, tensor in start.items()}
+    settings = {"epochs": epochs, "batch_size": batch, "generator": random(7), "make_scheduler": make_scheduler}
+    *_, trained = train_networks(HEADS, params, features, labels, make_optimizer, **settings)
+    for k in range(len(SEEDS)):
+        head, generator = torch.nn.Linear(12, 4), random(7)
+        head.load_state_dict({"weight": start["head.weight"][k], "bias": start["head.bias"][k]})
+        own = make_optimizer(head.parameters())
+        scheduler = make_scheduler(own) if make_scheduler else None
+        for _ in range(epochs):
+            for rows in torch.randperm(23, generator=generator)[: 23 // batch * batch].split(batch):
+                own.zero_grad()
+                F.cross_entropy(head(features[k][rows]), labels[k][rows]).backward()
+                own.step()
+                if scheduler:
+                    scheduler.step()
+        torch.testing.assert_close(trained["head.weight"][k], head.weight.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trained["head.bias"][k], head.bias.detach(), rtol=1e-4, atol=1e-6)
+        assert torch.equal(predict_networks(HEADS, trained, features)[k], head(features[k]).argmax(-1))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_heads_of_fewer_classes_are_those_of_their_size(own):
+    classes, params = torch.tensor([2, 4, 3]), initial(HEADS, SEEDS)
+    start = {name: tensor.clone() for name, tensor in params.items()}
+    inputs, _ = data(HEADS, 3) if own else data(HEADS)
+    labels = torch.randint(100, (3, 43), generator=random(2)) % classes[:, None]
+    settings = {"epochs": 5, "batch_size": BATCH, "num_classes": classes}
+    adam = OPTIMIZERS["adam"][0]
+    *_, trained = train_networks(HEADS, params, inputs, labels, adam, generator=random(7), at_once=2, **settings)
+    predictions = predict_networks(HEADS, trained, inputs, num_classes=classes, at_once=2)
+    for k, count in enumerate(classes.tolist()):
+        smaller = TargetConfig(input_shape=[12], layers=[], num_classes=count)
+        single = {name: tensor[k : k + 1, :count].clone() for name, tensor in start.items()}
+        given, settings["num_classes"] = inputs[k : k + 1] if own else inputs, None
+        *_, alone = train_networks(smaller, single, given, labels[k : k + 1], adam, generator=random(7), **settings)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(trained[name][k, :count], tensor[0], rtol=1e-4, atol=1e-6)
+            assert torch.equal(trained[name][k, count:], start[name][k, count:])
+        assert torch.equal(predict_networks(smaller, alone, given)[0], predictions[k])
+
+
 def test_training_learns_and_tells_losses():
     config = TargetConfig(input_shape=[4], layers=mlp(8), num_classes=4)
     labels = torch.randint(4, (400,), generator=random(0))

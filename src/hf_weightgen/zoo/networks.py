@@ -79,43 +79,53 @@ def train_networks(
     generator: torch.Generator,
     make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     on_step: Callable[[Tensor], None] | None = None,
-    at_once: int = 32,
+    at_once: int | None = None,
+    num_classes: Tensor | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """
-    Trains on batches in random order, the last incomplete one left out; the schedule moves after each batch.
+    Trains on batches in random order, the last incomplete one left out; the schedule moves after each batch. With no
+    `layers` in `config` the networks are linear heads, for instance on the features of a frozen encoder.
 
     Args:
         params: Stacked, see [`initial`]; they are trained in place.
         inputs (`torch.FloatTensor` of shape `(N, *input_shape)`, or `(K, N, *input_shape)` with data for each network).
-        labels (`torch.LongTensor` of shape `(N,)` or `(K, N)`).
+        labels (`torch.LongTensor` of shape `(N,)`, or `(K, N)` with labels for each network).
         generator: Draws the order, which all networks share.
         on_step: Called with the losses `(K,)` of each step.
-        at_once: Networks whose activations are in memory together; the fastest is what the caches hold.
+        at_once:
+            Networks whose activations are in memory together; the fastest is what the caches hold. Default: 32 that read
+            images, all that read features.
+        num_classes (`torch.LongTensor` of shape `(K,)`, *optional*):
+            Where networks have fewer classes than `config`: each learns the first of them, the others count for nothing.
 
     Yields:
         The stacked parameters after each epoch; what is kept of them must be copied.
     """
     own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
-    rows = inputs.shape[own]
+    own_labels, rows = labels.dim() > 1, inputs.shape[own]
     if rows < batch_size:
         raise ValueError(f"A batch of {batch_size} examples needs as many in `inputs`, got {rows}.")
-    inputs, labels = (inputs, labels) if own else (inputs[None], labels[None])
-    running = {name: tensor for name, tensor in params.items() if name.endswith(BUFFERS)}
-    trained = [tensor.requires_grad_() for name, tensor in params.items() if name not in running]
-    optimizer = make_optimizer(trained)
+    inputs, labels = inputs if own else inputs[None], labels if own_labels else labels[None]
+    trained = {name: tensor.requires_grad_() for name, tensor in params.items() if not name.endswith(BUFFERS)}
+    parts = _parts(K, at_once or (32 if len(config.input_shape) > 1 else K))
+    views = [{name: t.detach()[part].requires_grad_(name in trained) for name, t in params.items()} for part in parts]
+    optimizer = make_optimizer(list(trained.values()))
     scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
     for _ in range(epochs):
         for batch in torch.randperm(rows, generator=generator)[: rows // batch_size * batch_size].split(batch_size):
-            read, target = images_last(inputs[:, batch]), labels[:, batch].expand(K, -1)
-            optimizer.zero_grad()
-            losses = []
-            for part in torch.arange(K).split(at_once):
-                part = slice(int(part[0]), int(part[-1]) + 1)
-                own_params, own_running = ({name: t[part] for name, t in many.items()} for many in (params, running))
+            # the order within a batch is nothing to its loss
+            read, target = (t if batch_size == rows else t.index_select(1, batch) for t in (inputs, labels))
+            read, target = images_last(read), target.expand(K, -1)
+            losses, grads = [], []
+            for part, own_params in zip(parts, views, strict=True):
+                own_running = {name: tensor for name, tensor in own_params.items() if name not in trained}
                 logits = stacked_logits(config, own_params, read[part] if own else read, own_running)  # (k, b, C)
+                logits = _masked(logits, num_classes, part)
                 losses.append(F.cross_entropy(logits.mT, target[part], reduction="none").mean(1))
-                losses[-1].sum().backward()
+                grads.append(torch.autograd.grad(losses[-1].sum(), [own_params[name] for name in trained]))
             losses = torch.cat(losses).detach()  # (K,)
+            for tensor, grad in zip(trained.values(), zip(*grads, strict=True), strict=True):
+                tensor.grad = torch.cat(grad) if len(grad) > 1 else grad[0]
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -125,7 +135,40 @@ def train_networks(
 
 
 @torch.no_grad()
-def predict_networks(config: TargetConfig, params: Mapping[str, Tensor], inputs: Tensor, chunk: int = 256) -> Tensor:
-    """Class predictions `(K, n)` of K networks for inputs `(n, *input_shape)`, `chunk` of them at a time."""
-    parts = (images_last(part[None]) for part in inputs.split(chunk))
-    return torch.cat([stacked_logits(config, params, part).argmax(-1) for part in parts], 1)
+def predict_networks(
+    config: TargetConfig,
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    chunk: int | None = None,
+    at_once: int | None = None,
+    num_classes: Tensor | None = None,
+) -> Tensor:
+    """
+    Class predictions `(K, n)` of K networks for inputs `(n, *input_shape)`, or `(K, n, *input_shape)` with inputs for each.
+
+    Args:
+        chunk: Examples that are read together. Default: 64 images, 256 rows of features.
+        at_once, num_classes: See [`train_networks`].
+    """
+    own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
+    images = len(config.input_shape) > 1
+    predictions = []
+    for examples in (inputs if own else inputs[None]).split(chunk or (64 if images else 256), 1):
+        read, columns = images_last(examples), []
+        for part in _parts(K, at_once or (32 if images else K)):
+            logits = stacked_logits(config, {n: t[part] for n, t in params.items()}, read[part] if own else read)
+            columns.append(_masked(logits, num_classes, part).max(-1).indices)  # `argmax` reads number by number
+        predictions.append(torch.cat(columns))
+    return torch.cat(predictions, 1)
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _masked(logits: Tensor, num_classes: Tensor | None, part: slice) -> Tensor:
+    """Logits `(k, b, C)` of the networks of a part, without the classes that a network does not have."""
+    if num_classes is None:
+        return logits
+    beyond = torch.arange(logits.shape[2]) >= num_classes[part, None]  # (k, C)
+    return logits.masked_fill(beyond[:, None], -torch.inf)
