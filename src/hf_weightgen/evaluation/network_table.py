@@ -4,6 +4,7 @@ Rows as in [`evaluation.table`]; the weights of all rows are matched to one memb
 Re-Basin), so that distances compare functions and not the order of hidden units.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,10 +133,12 @@ def network_table(
 
 
 def _by_predictor(task: TaskRows, samples: Sequence[StateDict], predict_accuracies: Callable | None) -> dict:
-    """The sample that the predictor prefers; `rank_correlation`: of what it says of all samples with their test accuracies."""
+    """The sample that the predictor prefers; `rank_correlation`: of what it says of all samples with their test accuracies, `None`
+    where these are equal."""
     if predict_accuracies is None:
         raise Unavailable("the generator has no accuracy predictor")
     predicted = predict_accuracies(samples)
     scores = torch.as_tensor(score(task.predict(samples, task.test), task.labels, task.spec.metric))
     row = task.row("generated_by_predictor", [samples[int(predicted.argmax())]])
-    return row | {"rank_correlation": rank_correlation(predicted, scores), "best_of": len(samples)}
+    found = rank_correlation(predicted, scores)
+    return row | {"rank_correlation": None if math.isnan(found) else found, "best_of": len(samples)}

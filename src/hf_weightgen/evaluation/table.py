@@ -419,8 +419,10 @@ def _remarks(rows: Sequence[Mapping]) -> list[str]:
             loss = row["loss"]
             lines.append(f"{row['method']}: loses {loss['mean']:.1f} points on average, {loss['max']:.1f} at most")
         if row.get("rank_correlation") is not None:
-            told = f"the best of {row['best_of']} by predicted accuracy, which ranks them"
-            lines.append(f"{row['method']}: {told} with a rank correlation of {row['rank_correlation']:.2f}")
+            told = (
+                f"the best of {row['best_of']} by predicted accuracy, rank correlation {row['rank_correlation']:.2f}"
+            )
+            lines.append(f"{row['method']}: {told}")
         if row.get("expected") is not None:
             lines.append(f"{row['method']}: {row['expected']:.1f} if the condition is heeded")
         if row.get("counted") is False:
