@@ -69,7 +69,8 @@ def parse_args():
         "--predictor_steps",
         type=int,
         default=0,
-        help="Steps of a predictor of accuracy that ranks samples; 0 for none.",
+        help="Steps of a predictor of accuracy that ranks samples, e.g. 1200: after fewer it tells zoo and samples apart, and no more; "
+        "0 for none.",
     )
     add(
         "--predictor_samples", type=int, default=200, help="Samples per task that it learns from, of zoos of networks."
@@ -100,7 +101,7 @@ def parse_args():
     )
     args = parser.parse_args()
     if args.predictor_weight and not args.predictor_steps:
-        parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 600")
+        parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 1200")
     return args
 
 
