@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from hf_weightgen.evaluation.accuracy import rank_correlation
 from hf_weightgen.evaluation.baselines import average, gaussian
 from hf_weightgen.hub.cards import write_card
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.models.modeling_predictor import AccuracyPredictor, AccuracyPredictorConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+from hf_weightgen.pipelines.output import WeightGenOutput
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
@@ -36,6 +39,7 @@ from hf_weightgen.training.dataset_encoder import dataset_loss
 from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
+from hf_weightgen.training.predictor import GuidanceLoss, ScoredRows, guiding_rows, predictor_loss, summed
 from hf_weightgen.training.sources import digits_source, text_source
 from hf_weightgen.zoo.folder import load_zoo
 
@@ -61,6 +65,22 @@ def parse_args():
     add("--task_batch_size", type=int, default=16, help="Rows per such step; one in four reads.")
     add("--task_learning_rate", type=float)
     add("--dataset_steps", type=int, default=1000, help="Steps of the dataset encoder, of zoos on images.")
+    add(
+        "--predictor_steps",
+        type=int,
+        default=0,
+        help="Steps of a predictor of accuracy that ranks samples, e.g. 1200: after fewer it tells zoo and samples apart, and no more; "
+        "0 for none.",
+    )
+    add(
+        "--predictor_samples", type=int, default=200, help="Samples per task that it learns from, of zoos of networks."
+    )
+    add(
+        "--predictor_weight",
+        type=float,
+        default=0.0,
+        help="Weight of a frozen predictor's opinion of reconstructions in the autoencoder's loss (eq. 9; the paper has 1); 0 for none.",
+    )
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
     add("--learning_rate", type=float, default=1e-3)
@@ -79,7 +99,10 @@ def parse_args():
         action="store_true",
         help="Go on although reconstruction costs accuracy; the card says so.",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.predictor_weight and not args.predictor_steps:
+        parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 1200")
+    return args
 
 
 def main():
@@ -122,6 +145,22 @@ def main():
     vae_steps, max_train_steps = args.vae_steps or source.vae_steps, args.max_train_steps or source.max_train_steps
     task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
 
+    def train_predictor(rows: ScoredRows, name: str) -> AccuracyPredictor:
+        sizes = {"token_size": source.tokenizer.token_size, "num_body_tokens": source.tokenizer.num_all_body_tokens}
+        model = AccuracyPredictor(AccuracyPredictorConfig(**sizes))
+        return train(
+            accelerator,
+            model,
+            lambda m, r: predictor_loss(m, rows, source.train, r),
+            loop(args.predictor_steps, train_batch_size=64, learning_rate=1e-3),
+            name,
+        )
+
+    guidance = None
+    if args.predictor_weight:
+        rows = guiding_rows(source, args.predictor_samples, torch.Generator().manual_seed(args.seed))
+        guidance = GuidanceLoss(train_predictor(rows, "predictor-guide"), zoo, args.predictor_weight)
+
     # Stage 1: the autoencoder, and whether its reconstructions still work
     vae = WeightVAE(
         WeightVAEConfig(
@@ -134,7 +173,7 @@ def main():
     train(
         accelerator,
         vae,
-        lambda m, r: vae_loss(m, zoo, r, source.function_loss),
+        lambda m, r: vae_loss(m, zoo, r, summed(source.function_loss, guidance)),
         loop(vae_steps),
         "vae",
     )
@@ -158,7 +197,7 @@ def main():
         train(
             accelerator,
             vae,
-            lambda m, r: vae_loss(m, zoo, r, source.task_loss, source.task_reconstruction),
+            lambda m, r: vae_loss(m, zoo, r, summed(source.task_loss, guidance), source.task_reconstruction),
             loop(
                 task_steps,
                 train_batch_size=args.task_batch_size,
@@ -190,10 +229,7 @@ def main():
         loop(max_train_steps, ema_decay=args.ema_decay),
         "denoiser",
     )
-    if not accelerator.is_main_process:
-        return
-
-    # Stage 3: bundle, calibrate, measure
+    # Stage 3: bundle, calibrate, rank, measure
     pipe = D2NWGPipeline(
         vae=vae.eval(),
         unet=denoiser.eval(),
@@ -212,11 +248,18 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.prompted_tasks]
     noise = calibrate_noise(vae, zoo, generated, source.runs)
+    if args.predictor_steps:
+        rows = [ScoredRows.of_zoo(zoo, source.accuracies), *sampled_rows(pipe, source, args)]
+        predictor = train_predictor(ScoredRows.joined(rows), "predictor")
+        pipe.register_modules(accuracy_predictor=predictor)
+    if not accelerator.is_main_process:
+        return
     report = {
         "gate": gate,
         "gate_skipped": skipped,
         "noise_share": noise,
         "tasks": figures(pipe, source, args.seed),
+        "predictor": ranking(pipe, source, args.seed) if args.predictor_steps else None,
         "seconds": time.perf_counter() - start,
     }
     folder = args.output_dir / "pipeline"
@@ -250,15 +293,13 @@ def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
     """Per task: accuracies in points of the zoo, of its average and Gaussian, and of generated weights."""
     result, count = {}, source.samples
     generator = torch.Generator().manual_seed(seed)
-    labels = {task["name"]: list(task["labels"]) for task in source.known_tasks}
     for task in source.train.prompted_tasks:
-        members, prompts = source.members(task), source.train.prompt_embeds[source.train.tasks.index(task)]
-        prompts = prompts[torch.arange(count) % len(prompts)]
+        members = source.members(task)
         rows = {
             "zoo": members,
             "average": [average(members)],
             "gaussian": gaussian(members, count, generator),
-            "generated": pipe(prompt_embeds=prompts, labels=labels[task], generator=generator).weights,
+            "generated": sampled(pipe, source, task, count, generator).weights,
         }
         known = source.zoo_scores.get(task)  # measured when the zoo was built
         result[task] = {
@@ -266,6 +307,40 @@ def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
             for name, weights in rows.items()
         }
         result[task]["counted"] = source.counts(task)
+    return result
+
+
+def sampled(pipe: D2NWGPipeline, source, task: str, count: int, generator: torch.Generator) -> WeightGenOutput:
+    """One sample for each of `count` conditions of training."""
+    prompts = source.train.prompt_embeds[source.train.tasks.index(task)]
+    labels = next(list(known["labels"]) for known in source.known_tasks if known["name"] == task)
+    return pipe(prompt_embeds=prompts[torch.arange(count) % len(prompts)], labels=labels, generator=generator)
+
+
+def sampled_rows(pipe: D2NWGPipeline, source, args) -> list[ScoredRows]:
+    """Samples of each task with their validation accuracies; none of adapters, which would take hours."""
+    rows, generator = [], torch.Generator().manual_seed(args.seed)
+    for task in source.train.prompted_tasks if source.validate else ():
+        made = sampled(pipe, source, task, args.predictor_samples, generator).weights
+        rows.append(ScoredRows.of(source.tokenizer, source.train, made, task, source.validate(made, task)))
+    return rows
+
+
+def ranking(pipe: D2NWGPipeline, source, seed: int) -> dict:
+    """Per task, of samples that the predictor never saw: the rank correlation of predicted with test accuracy, and test accuracy
+    in points of all of them and of the one that it prefers."""
+    result, count = {}, 2 * source.samples
+    generator = torch.Generator().manual_seed(seed + 1)
+    for task in source.train.prompted_tasks:
+        output = sampled(pipe, source, task, count, generator)
+        predicted, scores = torch.tensor(output.predicted_accuracies), source.score(output.weights, task)
+        result[task] = {
+            "rank_correlation": round(rank_correlation(predicted, scores), 3),
+            "mean": round(100 * scores.mean().item(), 2),
+            "chosen": round(100 * scores[predicted.argmax()].item(), 2),
+            "best": round(100 * scores.max().item(), 2),
+            "samples": count,
+        }
     return result
 
 

@@ -15,7 +15,7 @@ from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from tiny import random
 
 
-OURS = {"DatasetEncoder", "WeightDenoiser", "WeightTokenizer", "WeightVAE"}
+OURS = {"AccuracyPredictor", "DatasetEncoder", "WeightDenoiser", "WeightTokenizer", "WeightVAE"}
 BASES = {  # looked up in our module when one of our components is loaded
     "DiffusionPipeline": diffusers, "ModelMixin": diffusers, "SchedulerMixin": diffusers,
     "FeatureExtractionMixin": transformers, "ImageProcessingMixin": transformers, "PreTrainedModel": transformers,
@@ -58,6 +58,7 @@ def test_the_index_names_three_modules_only(saved):
     assert index["_class_name"] == "D2NWGPipeline"
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     assert parts == {
+        "accuracy_predictor": [None, None],
         "dataset_encoder": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "text_encoder": [None, None],

@@ -7,13 +7,14 @@ Replaced: STL-10 by Fashion-MNIST; CLIP's image features by those of a small Mob
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import torch
 
 from hf_weightgen import WeightGenPipeline
-from hf_weightgen.evaluation.network_table import network_table
+from hf_weightgen.evaluation.network_table import METHODS, network_table
 from hf_weightgen.evaluation.table import format_table, write_results
 from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
@@ -57,10 +58,15 @@ def main():
             list(zoo_state_dicts(zoo, of("held_out", latest=True))),
             init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
             member_seeds=[where["seed"][i] for i in members],
+            predict_accuracies=functools.partial(
+                pipe.predict_accuracies, prompt=spec.prompts[0], labels=list(spec.labels)
+            )
+            if pipe.accuracy_predictor is not None
+            else None,
             n=args.n,
             seed=args.seed,
         )
-        print(format_table(rows[-16:]), flush=True)
+        print(format_table(rows[-len(METHODS) :]), flush=True)
         if spec.name in PAPER:
             print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
         write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)

@@ -17,11 +17,13 @@ from transformers import (
 
 from .models.modeling_dataset_encoder import DatasetEncoder
 from .models.modeling_denoiser import WeightDenoiser
+from .models.modeling_predictor import AccuracyPredictor
 from .models.modeling_weight_vae import WeightVAE
 from .weights.tokenization import WeightTokenizer
 
 
 __all__ = [
+    "AccuracyPredictor",
     "DatasetEncoder",
     "DiffusionPipeline",
     "FeatureExtractionMixin",

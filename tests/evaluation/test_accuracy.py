@@ -22,9 +22,18 @@ from hf_weightgen.evaluation.accuracy import (
     counts,
     get_metric,
     majority,
+    rank_correlation,
     score,
     weights_hash,
 )
+
+
+def test_the_rank_correlation_sees_the_order_alone_and_shares_ties():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert rank_correlation(values, values.exp()) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([1, 2, 2, 3]), torch.tensor([1.0, 3, 2, 4])) == pytest.approx(0.9 / 0.9**0.5)
+    assert np.isnan(rank_correlation(torch.ones(4), torch.arange(4.0)))
 
 
 def random_predictions(seed: int, networks: int, rows: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

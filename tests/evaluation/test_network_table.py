@@ -55,7 +55,8 @@ def rows(data, zoo):
         return made
 
     table = network_table(
-        generate, CONFIG, data, zoo[:6], zoo[6:], member_seeds=list(range(6)), reconstruct=lambda many: many, n=10, baseline_n=4, seed=3
+        generate, CONFIG, data, zoo[:6], zoo[6:], member_seeds=list(range(6)), reconstruct=lambda many: many, n=10, baseline_n=4, seed=3,
+        predict_accuracies=lambda many: torch.tensor([-sample["head.weight"].norm() for sample in many]),
     )  # fmt: skip
     return {row["method"]: row for row in table}, asked, table
 
@@ -88,6 +89,24 @@ def test_rows_are_what_they_say(rows):
     assert by_name["noise_at_distance"]["novelty_l2"] == pytest.approx(by_name["generated"]["novelty_l2"], rel=0.1)
 
 
+def test_the_sample_that_the_predictor_prefers_is_a_row(data, zoo, rows):
+    def worse_and_worse(method: str, count: int, seed: int) -> list[dict]:
+        draw = random(seed)
+        return [{n: t + i * torch.randn(t.shape, generator=draw) for n, t in zoo[0].items()} for i in range(count)]
+
+    def predict(many) -> torch.Tensor:
+        return torch.tensor([-sum((s[n] - t).square().sum() for n, t in zoo[0].items()) for s in many])
+
+    table = network_table(worse_and_worse, CONFIG, data, zoo[:3], n=6, baseline_n=2, predict_accuracies=predict)
+    by_name = {row["method"]: row for row in table}
+    row = by_name["generated_by_predictor"]
+    assert (row["n"], row["best_of"]) == (1, 6) and row["mean"] > by_name["generated"]["mean"]
+    assert 0 < row["rank_correlation"] <= 1
+    assert "generated_by_predictor: the best of 6 by predicted accuracy" in format_table(table)
+    equal, _, same = rows  # all samples are right everywhere: there is no order to tell
+    assert equal["generated_by_predictor"]["best_of"] == 10 and "nan" not in format_table(same)
+
+
 def test_distances_do_not_see_the_order_of_hidden_units(data, zoo):
     def permuted(method: str, count: int, seed: int) -> list[dict]:
         perm = torch.randperm(6, generator=random(seed))
@@ -95,4 +114,6 @@ def test_distances_do_not_see_the_order_of_hidden_units(data, zoo):
         return [moved | {"head.weight": moved["head.weight"][:, perm]}] * count
 
     table = network_table(permuted, CONFIG, data, zoo[:3], n=2, baseline_n=2)
-    assert next(row for row in table if row["method"] == "generated")["novelty_l2"] < 1e-5
+    by_name = {row["method"]: row for row in table}
+    assert by_name["generated"]["novelty_l2"] < 1e-5
+    assert "no accuracy predictor" in by_name["generated_by_predictor"]["note"]

@@ -408,6 +408,8 @@ def test_layouts_side_by_side_have_places_of_their_own_and_come_back(seed):
         tokenizer.side_by_side(encoded[name], encoded["layout_ids"], encoded["num_classes"])
         for name in ("weight_tokens", "padding_mask")
     )
+    for mine, theirs in zip(tokenizer.side_by_side_of(zoo), (wide, mask, encoded["layout_ids"]), strict=True):
+        assert torch.equal(mine, theirs)
     N = tokenizer.num_all_body_tokens
     assert wide.shape == (4, N + 3, 4) and N == sum(tokenizer.num_body_tokens(k) for k in range(2))
     assert mask.sum((1, 2)).tolist() == [sum(tensor.numel() for tensor in member.values()) for member in zoo]

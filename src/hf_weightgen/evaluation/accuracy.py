@@ -225,6 +225,15 @@ def cosine_to_label_names(
     return torch.cat(pieces).argmax(-1)[None]
 
 
+def rank_correlation(predicted: Tensor, true: Tensor) -> float:
+    """Spearman's: the correlation of the ranks of two tensors `(N,)`, ties sharing their mean rank; NaN where all are equal."""
+    ranks = [
+        ((values[:, None] > values).double().sum(1) + 0.5 * (values[:, None] == values).sum(1))
+        for values in (predicted, true)
+    ]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
 def weights_hash(state_dict: Mapping[str, Tensor]) -> str:
     """32 hex digits over names, dtypes, shapes and bits, whatever the order of the names."""
     digest = hashlib.blake2b(digest_size=16)

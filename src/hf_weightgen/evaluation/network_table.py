@@ -4,6 +4,7 @@ Rows as in [`evaluation.table`]; the weights of all rows are matched to one memb
 Re-Basin), so that distances compare functions and not the order of hidden units.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ..weights.permutation import align
 from ..zoo.images import ImageData, Images
 from ..zoo.networks import initial, predict_networks
 from . import baselines
+from .accuracy import rank_correlation, score
 from .rows import TaskRows, Unavailable
 from .table import generated_row, held_out_row, majority_row, members_at_distance, reconstruction_row, zoo_row
 
@@ -26,7 +28,7 @@ from .table import generated_row, held_out_row, majority_row, members_at_distanc
 StateDict = Mapping[str, Tensor]
 METHODS = (
     "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "pca_flow", "noise_0.05", "noise_0.15",
-    "noise_at_distance", "reconstruction", "generated", "generated_from_prompts", "generated_shuffled", "generated_mismatched",
+    "noise_at_distance", "reconstruction", "generated", "generated_by_predictor", "generated_from_prompts", "generated_shuffled", "generated_mismatched",
 )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def network_table(
     init: str = "default",
     member_seeds: Sequence[Hashable] | None = None,
     reconstruct: Callable[[Sequence[StateDict]], Sequence[StateDict]] | None = None,
+    predict_accuracies: Callable[[Sequence[StateDict]], Tensor] | None = None,
     n: int = 50,
     baseline_n: int = 20,
     seed: int = 0,
@@ -61,6 +64,8 @@ def network_table(
         config: The network of the task.
         members, held_out: Of the zoo: those that the generator was trained on, and others.
         init: Of an untrained network, see [`~zoo.networks.initial`].
+        predict_accuracies: What a generator's predictor expects of networks `(N,)`; the best of the samples by it, chosen without
+            any data, is a row of its own beside the best on validation.
         n: Networks of the generated rows, and how many the best ones are chosen from; baseline_n: of the others.
 
     Returns:
@@ -115,6 +120,7 @@ def network_table(
         add(method, lambda m=method, make=make: task.row(m, make(task.generator(m))))
     add("reconstruction", lambda: reconstruction_row(task, reconstruct, others or aligned))
     add("generated", lambda: generated_row(task, samples, samples, others, rows["zoo"]))
+    add("generated_by_predictor", lambda: _by_predictor(task, samples, predict_accuracies))
     add("generated_from_prompts", lambda m="generated_from_prompts": task.row(m, generated(m, baseline_n)))
     for method in ("generated_shuffled", "generated_mismatched"):
         add(
@@ -124,3 +130,15 @@ def network_table(
             ),
         )
     return [rows[method] for method in METHODS]
+
+
+def _by_predictor(task: TaskRows, samples: Sequence[StateDict], predict_accuracies: Callable | None) -> dict:
+    """The sample that the predictor prefers; `rank_correlation`: of what it says of all samples with their test accuracies, `None`
+    where these are equal."""
+    if predict_accuracies is None:
+        raise Unavailable("the generator has no accuracy predictor")
+    predicted = predict_accuracies(samples)
+    scores = torch.as_tensor(score(task.predict(samples, task.test), task.labels, task.spec.metric))
+    row = task.row("generated_by_predictor", [samples[int(predicted.argmax())]])
+    found = rank_correlation(predicted, scores)
+    return row | {"rank_correlation": None if math.isnan(found) else found, "best_of": len(samples)}

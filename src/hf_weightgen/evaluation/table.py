@@ -399,7 +399,7 @@ def _cells(row: Mapping) -> list[str]:
 
 def _remarks(rows: Sequence[Mapping]) -> list[str]:
     lines = []
-    best = {row["method"]: row["best_of"] for row in rows if row.get("best_of")}
+    best = {row["method"]: row["best_of"] for row in rows if row.get("best") is not None and row.get("best_of")}
     if best:
         lines.append("best: selected on validation, of " + ", ".join(f"{n} ({method})" for method, n in best.items()))
     for row in rows:
@@ -418,6 +418,11 @@ def _remarks(rows: Sequence[Mapping]) -> list[str]:
         if row.get("loss"):
             loss = row["loss"]
             lines.append(f"{row['method']}: loses {loss['mean']:.1f} points on average, {loss['max']:.1f} at most")
+        if row.get("rank_correlation") is not None:
+            told = (
+                f"the best of {row['best_of']} by predicted accuracy, rank correlation {row['rank_correlation']:.2f}"
+            )
+            lines.append(f"{row['method']}: {told}")
         if row.get("expected") is not None:
             lines.append(f"{row['method']}: {row['expected']:.1f} if the condition is heeded")
         if row.get("counted") is False:

@@ -92,7 +92,9 @@ def centred(rows: Tensor, class_mask: Tensor) -> Tensor:
     return rows - class_mean(rows, class_mask)
 
 
-class _ResidualMLP(nn.Module):
+class ResidualMLP(nn.Module):
+    """Pre-norm, with a hidden layer of twice the size."""
+
     def __init__(self, size: int):
         super().__init__()
         self.norm = nn.LayerNorm(size)
@@ -119,12 +121,12 @@ class WeightVAE(PreTrainedModel):
             self.body_out = nn.Linear(H, T * d)
         self.class_in = nn.Linear(S + E, H)
         self.class_set = nn.Linear(H, H)
-        self.to_latent = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, 2 * Z))
-        self.from_latent = nn.Sequential(nn.Linear(Z, H), _ResidualMLP(H), _ResidualMLP(H))
+        self.to_latent = nn.Sequential(ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, 2 * Z))
+        self.from_latent = nn.Sequential(nn.Linear(Z, H), ResidualMLP(H), ResidualMLP(H))
         self.name_in = nn.Linear(E, H)
         self.name_state = nn.Linear(H, 2 * H)  # scale and shift of the name features by the adapter's latent
         # no bias: it would shift all classes alike, which the loss does not see, so that Adam would follow rounding errors
-        self.name_out = nn.Sequential(_ResidualMLP(H), nn.LayerNorm(H, bias=False), nn.Linear(H, S, bias=False))
+        self.name_out = nn.Sequential(ResidualMLP(H), nn.LayerNorm(H, bias=False), nn.Linear(H, S, bias=False))
         self.name_projection = nn.Linear(E, S, bias=False)  # what a class name alone says of its row
         self.match_prompt, self.match_name = nn.Linear(E, config.match_size), nn.Linear(E, config.match_size)
         self.match_out = nn.Linear(2, 1)

@@ -49,6 +49,7 @@ CLASSES = {
         (COMPONENTS, "WeightDenoiser"): components.WeightDenoiser,
         ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel,
     },
+    "accuracy_predictor": {(COMPONENTS, "AccuracyPredictor"): components.AccuracyPredictor},
     "dataset_encoder": {(COMPONENTS, "DatasetEncoder"): components.DatasetEncoder},
     "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
 }

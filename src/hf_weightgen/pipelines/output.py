@@ -26,7 +26,7 @@ from ..targets.tasks import TASKS
 
 
 CODE = "modeling_target"
-KEPT = ("labels", "tasks", "prompts", "seeds", "targets")  # of an output, one entry per sample
+KEPT = ("labels", "tasks", "prompts", "seeds", "targets", "predicted_accuracies")  # of an output, one entry per sample
 CONFIGS = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "network": ("config.json", "model.safetensors"),
@@ -52,6 +52,8 @@ class WeightGenOutput(BaseOutput):
         generator_id (`str`): Where the generator was loaded from.
         generator_revision (`str`, *optional*): Its commit on the Hub.
         command (`str`, *optional*): What makes all of these samples again, for the card.
+        predicted_accuracies (`list[float]`, *optional*): Per sample what the generator's accuracy predictor expects of it, from
+            0 to 1; absent where it has none.
     """
 
     weights: list
@@ -64,6 +66,7 @@ class WeightGenOutput(BaseOutput):
     generator_id: str
     generator_revision: str | None = None
     command: str | None = None
+    predicted_accuracies: list | None = None
 
     def __repr__(self) -> str:
         prompts = list(dict.fromkeys(self.prompts))
@@ -217,7 +220,7 @@ class WeightGenOutput(BaseOutput):
                 raise TypeError(f"`indices` must hold whole numbers, got {i!r}.")
             if not -count <= i < count:
                 raise IndexError(f"There is no sample {i}: choose among the {count} of this output, counted from 0.")
-        kept = {name: [getattr(self, name)[i] for i in indices] for name in KEPT}
+        kept = {name: [getattr(self, name)[i] for i in indices] for name in KEPT if getattr(self, name) is not None}
         weights = [self.weights[i] for i in indices] if self.weights else []
         command = self.command if indices == list(range(count)) else None  # it would make other samples too
         return replace(self, weights=weights, latents=self.latents[indices], command=command, **kept)

@@ -1,7 +1,8 @@
 """D2NWG: latent diffusion over weights, conditioned on text, on a dataset, or on both.
 
 Reference: Diffusion-based Neural Network Weights Generation (https://huggingface.co/papers/2402.18153), section 3.4,
-eq. 6 for sampling; classifier-free guidance: https://huggingface.co/papers/2207.12598.
+eq. 6 for sampling; section C.7 for choosing among samples by predicted accuracy. Classifier-free guidance:
+https://huggingface.co/papers/2207.12598.
 
 Notation: N samples, C classes, T body tokens, S scalars per token, E size of an embedding, Z scalars of a latent.
 """
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.modeling_dataset_encoder import DatasetEncoder
+from ..models.modeling_predictor import AccuracyPredictor
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import TargetConfig, TargetModel
 from ..weights.lora import center_head
@@ -24,6 +26,7 @@ from .examples import examples_of
 from .loading import check_settings
 from .output import WeightGenOutput
 from .pipeline_utils import MismatchWarning, WeightGenPipeline
+from .ranking import best, check_best_of, need_predictor, predict_accuracies
 
 
 MAX_GUIDANCE = 100  # beyond it latents, and then weights, overflow
@@ -46,6 +49,7 @@ class D2NWGPipeline(WeightGenPipeline):
         dataset_encoder ([`DatasetEncoder`], *optional*): Examples -> embeddings where those of texts are.
         image_encoder (`dict`, *optional*): The frozen encoder of a dataset's images, as `encoder`; without it a dataset has
             texts.
+        accuracy_predictor ([`AccuracyPredictor`], *optional*): Ranks samples, see `best_of` of a call.
         prediction_type (`str`): What `unet` predicts.
         far_below (`float`): Prompts whose cosine to the nearest known task is lower are reported as far.
         known_above (`float`): Only of prompts whose cosine is at least this the pipeline judges whether the class names fit:
@@ -75,6 +79,7 @@ class D2NWGPipeline(WeightGenPipeline):
         dataset_encoder: DatasetEncoder | None = None,
         targets: list | None = None,
         image_encoder: dict | None = None,
+        accuracy_predictor: AccuracyPredictor | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -85,6 +90,7 @@ class D2NWGPipeline(WeightGenPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             dataset_encoder=dataset_encoder,
+            accuracy_predictor=accuracy_predictor,
         )
         self.register_to_config(
             target=target,
@@ -146,6 +152,16 @@ class D2NWGPipeline(WeightGenPipeline):
                 f"the dataset encoder makes embeddings of {self.dataset_encoder.config.embedding_size}, the autoencoder reads "
                 f"{vae.embedding_size}."
             )
+        if self.accuracy_predictor is not None:
+            names = ("token_size", "num_body_tokens", "embedding_size")
+            reads, made = (
+                [getattr(config, name) for name in names] for config in (self.accuracy_predictor.config, vae)
+            )
+            if reads != made:
+                raise ValueError(
+                    f"the accuracy predictor has {dict(zip(names, reads, strict=True))}, the autoencoder "
+                    f"{dict(zip(names, made, strict=True))}: they are of different generators."
+                )
 
     @property
     def targets(self) -> list[dict]:
@@ -167,6 +183,7 @@ class D2NWGPipeline(WeightGenPipeline):
         output_type: str = "weights",
         return_dict: bool = True,
         dataset: object | None = None,
+        best_of: int | None = None,
     ) -> WeightGenOutput | tuple:
         r"""
         Args:
@@ -183,6 +200,9 @@ class D2NWGPipeline(WeightGenPipeline):
             callback_on_step_end: Called as `callback(pipe, i, t, {"latents": ...})` after each step; may return changed latents.
             output_type: `"weights"`, or `"latent"` to stop before decoding.
             return_dict: `False` returns a tuple.
+            best_of: Samples that are drawn per prompt, of which the accuracy predictor chooses the `num_samples` best, the best of
+                them first. They are samples of a call with `num_samples=best_of`, and with one `best_of` the first k of n are
+                the same for any n; another `best_of` may bring better ones to the front.
 
         Raises:
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
@@ -212,6 +232,7 @@ class D2NWGPipeline(WeightGenPipeline):
             )
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
             raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
+        check_best_of(best_of, num_samples, self.accuracy_predictor)
         if output_type not in ("weights", "latent"):
             raise ValueError(f"`output_type` must be 'weights' or 'latent', got {output_type!r}.")
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -249,38 +270,42 @@ class D2NWGPipeline(WeightGenPipeline):
 
         # 2. Every sample has a generator of its own, seeded from its prompt's, which is seeded from the caller's
         of_prompt = [torch.Generator().manual_seed(_draw_seed(generator)) for _ in prompts]
-        seeds = [_draw_seed(own) for own in of_prompt for _ in range(num_samples)]
+        count = best_of or num_samples
+        seeds = [_draw_seed(own) for own in of_prompt for _ in range(count)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         # 3. Denoise
-        latents = self._denoise(
-            embeds.repeat_interleave(num_samples, 0), steps, guidance, generators, callback_on_step_end
-        )
-        weights = []
-        if output_type == "weights":
+        latents = self._denoise(embeds.repeat_interleave(count, 0), steps, guidance, generators, callback_on_step_end)
+
+        # 4. Decode, and rank what was decoded
+        weights, accuracies = [], []
+        if output_type == "weights" or best_of:
             for i, labels_of in enumerate(names):
-                part = slice(i * num_samples, (i + 1) * num_samples)
+                part = slice(i * count, (i + 1) * count)
                 of_classes, fits = class_embeds, True
                 if of_classes is None:
                     of_classes = self.encoder.embed(labels_of).to(self.vae.device)[None]  # (1, C, E)
                     known = nearest[i][0][1] >= self.config.known_above
                     fits = not known or self._fits(prompts[i], embeds[i], of_classes, labels_of)
-                weights += self._decode(latents[part], of_classes, fits, targets[i]["layout"], generators[part])
+                made = self._decode(latents[part], of_classes, fits, targets[i]["layout"], generators[part])
+                weights += made
+                if self.accuracy_predictor is not None:
+                    ranked = self.accuracy_predictor, self.weight_tokenizer, made, embeds[i], of_classes
+                    accuracies += predict_accuracies(*ranked).tolist()
+        chosen = best(accuracies, count, num_samples) if best_of else list(range(len(latents)))
         self.maybe_free_model_hooks()
+        prompt_of = [j // count for j in chosen]
         output = WeightGenOutput(
-            weights=weights,
-            labels=[n for n in names for _ in range(num_samples)],
-            tasks=[near[0][0]["name"] for near in nearest for _ in range(num_samples)],
-            prompts=[p for p in prompts for _ in range(num_samples)],
-            seeds=seeds,
-            targets=[
-                {name: value for name, value in target.items() if name != "layout"}
-                for target in targets
-                for _ in range(num_samples)
-            ],
-            latents=latents,
+            weights=[weights[j] for j in chosen] if output_type == "weights" else [],
+            labels=[names[i] for i in prompt_of],
+            tasks=[nearest[i][0][0]["name"] for i in prompt_of],
+            prompts=[prompts[i] for i in prompt_of],
+            seeds=[seeds[j] for j in chosen],
+            targets=[{name: value for name, value in targets[i].items() if name != "layout"} for i in prompt_of],
+            latents=latents[chosen],
             generator_id=self.source,
             generator_revision=self.revision,
+            predicted_accuracies=[accuracies[j] for j in chosen] if accuracies else None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -369,6 +394,28 @@ class D2NWGPipeline(WeightGenPipeline):
         )
         head = tokenizer.layouts[layout].head
         return [center_head(state_dict, head) for state_dict in weights]
+
+    def predict_accuracies(self, weights: Sequence[dict], prompt: str, labels: Sequence[str] | None = None) -> Tensor:
+        """
+        What accuracy the predictor expects of weights of this generator's kind, without any data.
+
+        Args:
+            weights (`Sequence[dict[str, torch.Tensor]]` of length N): State dicts, such as `WeightGenOutput.weights`.
+            prompt, labels: The task and its class names, as in a call.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N,)`: from 0 to 1.
+
+        Raises:
+            TypeError, ValueError: If the generator has no accuracy predictor, or an argument does not fit.
+        """
+        need_predictor(self.accuracy_predictor)
+        embeds = self.encoder.embed(self.check_prompts(prompt)).cpu()
+        if len(embeds) > 1:
+            raise ValueError(f"Give one `prompt`, got {len(embeds)}.")
+        names = self.check_labels(labels, 1) or [self.nearest_tasks(embeds)[0][0][0]["labels"]]
+        class_embeds = self.encoder.embed(list(names[0]))[None]
+        return predict_accuracies(self.accuracy_predictor, self.weight_tokenizer, weights, embeds[0], class_embeds)
 
     def _check_scheduler(self) -> None:
         """A scheduler that reads the prediction as something else would produce noise without an error."""

@@ -53,7 +53,7 @@ class WeightGenPipeline(DiffusionPipeline):
     The text encoder is frozen and shared, so it is not saved: the config names it, and it is loaded at first use.
     """
 
-    _optional_components = ["text_encoder", "tokenizer", "dataset_encoder"]
+    _optional_components = ["text_encoder", "tokenizer", "dataset_encoder", "accuracy_predictor"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

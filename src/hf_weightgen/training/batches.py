@@ -95,12 +95,7 @@ class ZooTensors:
             class_embeds: task -> `(V, classes, E)`; prompt_embeds: task -> `(P, E)`; families: task -> family.
         """
         tasks = list(dict.fromkeys(task_names))
-        encoded = tokenizer(state_dicts)
-        layouts = encoded["layout_ids"]
-        tokens, mask = (
-            tokenizer.side_by_side(encoded[name], layouts, encoded["num_classes"])
-            for name in ("weight_tokens", "padding_mask")
-        )
+        tokens, mask, layouts = tokenizer.side_by_side_of(state_dicts)
         widest = tokens.shape[1] - tokenizer.num_all_body_tokens
         padded = []
         for task in tasks:

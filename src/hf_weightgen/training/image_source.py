@@ -76,11 +76,15 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     known, thresholds = known_tasks(
         [told(spec) | {"target": t} for t, spec in enumerate(specs)], [[prompts[spec.name]] for spec in specs]
     )
-    inputs = {spec.name: data[spec.name].inputs(data[spec.name].test) for spec in specs}
+    splits = {spec.name: (data[spec.name].validation, data[spec.name].test) for spec in specs}
+    inputs = {task: [data[task].inputs(split) for split in both] for task, both in splits.items()}
+
+    def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str, part: int = 0) -> Tensor:
+        predictions = predict_networks(of_task[task], stack(list(state_dicts)), inputs[task][part])
+        return (predictions == splits[task][part].labels).double().mean(1)
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
-        predictions = predict_networks(of_task[task], stack(list(state_dicts)), inputs[task])
-        return (predictions == data[task].test.labels).double().mean(1)
+        return validate(state_dicts, task, part=1)
 
     seeds, runs = dataset["seed"], []
     for spec in specs:
@@ -115,6 +119,8 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
             "revision": None,
             "sha256": weights_sha256(images.model.name_or_path),
         },
+        accuracies=torch.tensor([dataset["metrics"][i]["validation"] for i in where["train"]]),
+        validate=validate,
     )
     for spec in specs:
         counts = data[spec.name].test.labels.bincount()

@@ -51,6 +51,8 @@ class Source:
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
         targets: All targets, where the zoo has several; `target` is the first of them.
+        accuracies: `(R,)`, of the rows of `train` on validation data, NaN where it was not measured.
+        validate: As `score` on validation data; absent where that takes too long for hundreds of networks.
         features: Per task `(C, pool, F)`: examples of its classes as `image_encoder` sees them, for a dataset encoder.
     """
 
@@ -77,6 +79,8 @@ class Source:
     targets: list[dict] | None = None
     features: list[Tensor] | None = None
     image_encoder: dict | None = None
+    accuracies: Tensor | None = None
+    validate: Callable[[Sequence[Mapping[str, Tensor]], str], Tensor] | None = None
 
     def initialise(self, vae: WeightVAE) -> None:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""
@@ -213,7 +217,11 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
                 loss = loss + F.kl_div(guess, target, reduction="sum", log_target=True) / (len(index) * probe.shape[1])
         return loss
 
+    def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
+        return digit_accuracy(list(state_dicts), task, "validation")
+
     known, thresholds = known_tasks(map(told, TASKS), [[prompts[task.name]] for task in TASKS])
+    members = [[r["weights"] for r in rows if r["split"] == "train" and r["task"] == t] for t in train.tasks]
     return Source(
         tokenizer,
         train,
@@ -228,6 +236,8 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
         # networks of independent seeds: a narrow latent keeps what the functions share, a wide one each network's accidents
         vae_settings={"token_width": 32, "hidden_size": 256, "noise_scale": 0.0, "kl_weight": 0.4},
         function_loss=function_loss,
+        accuracies=torch.cat([validate(own, task) for own, task in zip(members, train.tasks, strict=True)]),
+        validate=validate,
     )
 
 
@@ -312,6 +322,9 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
         name_projection=name_projection(base),
     )
     metrics = dataset["metrics"]
+    source.accuracies = torch.tensor(
+        [*(metrics[i]["validation"] for i in where["train"]), torch.nan]
+    )  # NaN: the start
     for spec in specs:
         test = torch.tensor(list(evaluation_subset(data[spec.name].test, TEST_LIMIT)["label"]))
         source.majority[spec.name] = test.bincount().max().item() / len(test), len(test)

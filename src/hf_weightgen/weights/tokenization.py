@@ -149,6 +149,13 @@ class WeightTokenizer(FeatureExtractionMixin):
             wide[rows, N : N + classes.shape[1]] = classes
         return wide
 
+    def side_by_side_of(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and padding mask of state dicts, side by side `(B, N + C, S)`, and their layouts `(B,)`."""
+        encoded = self(state_dicts)
+        layouts, counts = encoded["layout_ids"], encoded["num_classes"]
+        tokens, mask = (self.side_by_side(encoded[key], layouts, counts) for key in ("weight_tokens", "padding_mask"))
+        return tokens, mask, layouts
+
     def places(self, layout_id: int) -> slice:
         """Where the body tokens of a layout are in [`~WeightTokenizer.side_by_side`]."""
         first = sum(plan.num_body for plan in self._plans[:layout_id])
