@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_weightgen import WeightGenPipeline
+from hf_weightgen.evaluation.generator import reconstruct_members
 from hf_weightgen.evaluation.network_table import network_table
 from hf_weightgen.evaluation.table import format_table, write_results
 from hf_weightgen.targets.architectures import TargetConfig
@@ -49,7 +50,7 @@ def main():
             return [i for i in picked if not latest or where["checkpoint"][i] == last]
 
         members = of("train")
-        rows += network_table(
+        table = network_table(
             generate,
             configs[spec.name],
             data[spec.name],
@@ -57,10 +58,12 @@ def main():
             list(zoo_state_dicts(zoo, of("held_out", latest=True))),
             init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
             member_seeds=[where["seed"][i] for i in members],
+            reconstruct=lambda state_dicts, spec=spec: reconstruct_members(pipe, state_dicts, spec.labels),
             n=args.n,
             seed=args.seed,
         )
-        print(format_table(rows[-16:]), flush=True)
+        rows += table
+        print(format_table(table), flush=True)
         if spec.name in PAPER:
             print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
         write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)
