@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
+from plots import pyplot
 from tiny_zoo import load, make_parser, samples
 
 from hf_weightgen.evaluation.baselines import average
-from hf_weightgen.evaluation.novelty import flatten
+from hf_weightgen.evaluation.novelty import fix_network_gauge, flatten
 from hf_weightgen.evaluation.table import write_results
 from hf_weightgen.targets.stacked import stack, unstack
 from hf_weightgen.targets.symmetry import permutation_spec
-from hf_weightgen.weights.permutation import align
 from hf_weightgen.zoo.build_networks import BIAS, PROTOCOLS
 from hf_weightgen.zoo.networks import initial, predict_networks, train_networks
 from hf_weightgen.zoo.schema import zoo_state_dicts
@@ -51,8 +51,8 @@ def main():
 def starting_points(made, members, config, task: str) -> dict[str, list[dict]]:
     """Networks of each row at epoch 0."""
     units = permutation_spec(config)
-    aligned = [align(member, members[0], units) for member in members]
-    near = torch.cdist(flatten([align(network, members[0], units) for network in made]), flatten(aligned)).argmin(1)
+    aligned, same_gauge = (fix_network_gauge(many, members[0], units) for many in (members, made))
+    near = torch.cdist(flatten(same_gauge), flatten(aligned)).argmin(1)
     fresh = initial(config, list(range(len(made))), PROTOCOLS["short"][task].init, BIAS)
     return {
         "generated": made,
@@ -103,13 +103,7 @@ def summary(task: str, curves) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit('The curves need matplotlib: pip install "hf-weightgen[plots]"') from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):

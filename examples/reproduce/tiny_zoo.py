@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from hf_weightgen import WeightGenPipeline
-from hf_weightgen.evaluation.network_table import METHODS, network_table
+from hf_weightgen.evaluation.generator import reconstruct_members
+from hf_weightgen.evaluation.network_table import network_table
 from hf_weightgen.evaluation.table import format_table, write_results
 from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
@@ -50,7 +51,7 @@ def main():
             return [i for i in picked if not latest or where["checkpoint"][i] == last]
 
         members = of("train")
-        rows += network_table(
+        table = network_table(
             generate,
             configs[spec.name],
             data[spec.name],
@@ -58,6 +59,7 @@ def main():
             list(zoo_state_dicts(zoo, of("held_out", latest=True))),
             init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
             member_seeds=[where["seed"][i] for i in members],
+            reconstruct=lambda state_dicts, spec=spec: reconstruct_members(pipe, state_dicts, spec.labels),
             predict_accuracies=functools.partial(
                 pipe.predict_accuracies, prompt=spec.prompts[0], labels=list(spec.labels)
             )
@@ -66,7 +68,8 @@ def main():
             n=args.n,
             seed=args.seed,
         )
-        print(format_table(rows[-len(METHODS) :]), flush=True)
+        rows += table
+        print(format_table(table), flush=True)
         if spec.name in PAPER:
             print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
         write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)

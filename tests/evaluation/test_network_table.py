@@ -56,7 +56,7 @@ def rows(data, zoo):
 
     table = network_table(
         generate, CONFIG, data, zoo[:6], zoo[6:], member_seeds=list(range(6)), reconstruct=lambda many: many, n=10, baseline_n=4, seed=3,
-        predict_accuracies=lambda many: torch.tensor([-sample["head.weight"].norm() for sample in many]),
+        baseline_effort=0.05, predict_accuracies=lambda many: torch.tensor([-sample["head.weight"].norm() for sample in many]),
     )  # fmt: skip
     return {row["method"]: row for row in table}, asked, table
 
@@ -73,6 +73,7 @@ def test_all_rows_are_there_and_told(rows):
         and "no such condition" in by_name["generated_mismatched"]["note"]
     )
     text = format_table(table)
+    assert "(p_diff)" in text.split("CPU seconds: ")[1].splitlines()[0]
     assert all(method in text for method in METHODS)
 
 
@@ -85,6 +86,7 @@ def test_rows_are_what_they_say(rows):
     assert by_name["reconstruction"]["loss"]["mean"] == 0
     assert by_name["random_init"]["mean"] < 80 and by_name["majority"]["mean"] == pytest.approx(50, abs=6)
     lengths = [by_name[name]["novelty_l2"] for name in ("noise_0.05", "noise_0.15")]
+    assert by_name["p_diff"]["cpu_seconds"] > by_name["kde"]["cpu_seconds"] > 0 and by_name["p_diff"]["n"] == 4
     assert lengths[0] < lengths[1] and by_name["zoo"]["novelty_l2"] > 0
     assert by_name["noise_at_distance"]["novelty_l2"] == pytest.approx(by_name["generated"]["novelty_l2"], rel=0.1)
 
@@ -97,7 +99,9 @@ def test_the_sample_that_the_predictor_prefers_is_a_row(data, zoo, rows):
     def predict(many) -> torch.Tensor:
         return torch.tensor([-sum((s[n] - t).square().sum() for n, t in zoo[0].items()) for s in many])
 
-    table = network_table(worse_and_worse, CONFIG, data, zoo[:3], n=6, baseline_n=2, predict_accuracies=predict)
+    table = network_table(
+        worse_and_worse, CONFIG, data, zoo[:3], n=6, baseline_n=2, baseline_effort=0.01, predict_accuracies=predict
+    )
     by_name = {row["method"]: row for row in table}
     row = by_name["generated_by_predictor"]
     assert (row["n"], row["best_of"]) == (1, 6) and row["mean"] > by_name["generated"]["mean"]
@@ -107,13 +111,16 @@ def test_the_sample_that_the_predictor_prefers_is_a_row(data, zoo, rows):
     assert equal["generated_by_predictor"]["best_of"] == 10 and "nan" not in format_table(same)
 
 
-def test_distances_do_not_see_the_order_of_hidden_units(data, zoo):
+def test_distances_do_not_see_what_leaves_the_function_as_it_is(data, zoo):
     def permuted(method: str, count: int, seed: int) -> list[dict]:
         perm = torch.randperm(6, generator=random(seed))
         moved = {n: t[perm] if n.startswith("hidden") else t for n, t in zoo[0].items()}
-        return [moved | {"head.weight": moved["head.weight"][:, perm]}] * count
+        # and the softmax does not see what is added to all classes
+        return [
+            moved | {"head.weight": moved["head.weight"][:, perm] + 0.7, "head.bias": moved["head.bias"] - 2}
+        ] * count
 
-    table = network_table(permuted, CONFIG, data, zoo[:3], n=2, baseline_n=2)
+    table = network_table(permuted, CONFIG, data, zoo[:3], n=2, baseline_n=2, baseline_effort=0.01)
     by_name = {row["method"]: row for row in table}
     assert by_name["generated"]["novelty_l2"] < 1e-5
     assert "no accuracy predictor" in by_name["generated_by_predictor"]["note"]

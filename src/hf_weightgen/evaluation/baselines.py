@@ -178,10 +178,7 @@ class _Components:
     """
 
     def __init__(self, members: Sequence[StateDict], alike: bool = True):
-        self.like = members[0]
-        flat = torch.stack(
-            [torch.cat([t.double().flatten() for t in m.values() if t.is_floating_point()]) for m in members]
-        )
+        self.like, flat = members[0], vectors(members)
         self.mean = flat.mean(0)
         left, values, self.directions = torch.linalg.svd(flat - self.mean, full_matrices=False)
         kept = values > 1e-9 * values.max()
@@ -190,15 +187,26 @@ class _Components:
         self.coordinates = coordinates / self.std
 
     def state_dicts(self, coordinates: Tensor) -> list[dict[str, Tensor]]:
-        flat, made = self.mean + (coordinates * self.std) @ self.directions, [dict(self.like) for _ in coordinates]
-        start = 0
-        for name, tensor in self.like.items():
-            if tensor.is_floating_point():
-                values = flat[:, start : start + tensor.numel()]
-                for state_dict, value in zip(made, values, strict=True):
-                    state_dict[name] = value.view_as(tensor).to(tensor.dtype)
-                start += tensor.numel()
-        return made
+        return from_vectors(self.mean + (coordinates * self.std) @ self.directions, self.like)
+
+
+def vectors(members: Sequence[StateDict]) -> Tensor:
+    """All floating-point scalars of each member in the order of its tensors: `torch.DoubleTensor` of shape `(members, D)`."""
+    return torch.stack(
+        [torch.cat([t.double().flatten() for t in member.values() if t.is_floating_point()]) for member in members]
+    )
+
+
+def from_vectors(flat: Tensor, like: StateDict) -> list[dict[str, Tensor]]:
+    """Inverse of [`vectors`]; names, shapes, types and what is not floating-point are those of `like`."""
+    made, start = [dict(like) for _ in flat], 0
+    for name, tensor in like.items():
+        if tensor.is_floating_point():
+            values = flat[:, start : start + tensor.numel()]
+            for state_dict, value in zip(made, values, strict=True):
+                state_dict[name] = value.view_as(tensor).to(tensor.dtype)
+            start += tensor.numel()
+    return made
 
 
 def choose(members: Sequence[StateDict], n: int, generator: torch.Generator) -> list[StateDict]:

@@ -97,7 +97,8 @@ def evaluate_generator(
         ).weights
 
     def reconstruct(state_dicts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        return reconstruct_members(pipe, state_dicts, spec.labels, reference)
+        gauged = [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in state_dicts]
+        return reconstruct_members(pipe, gauged, spec.labels)
 
     return honest_table(
         generate, Predictor(pipe.config.target, bf16), data, members.get(spec.name, ()), held_out.get(spec.name, ()), start,
@@ -131,16 +132,29 @@ def zoo_members(zoo: str | Path) -> tuple[dict, dict, dict, dict[str, Tensor]]:
 
 @torch.no_grad()
 def reconstruct_members(
-    pipe, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str], reference: Mapping[str, Tensor]
-) -> list:
-    """State dicts through the gauge, the tokenizer, the autoencoder and back."""
-    aligned = [center_head(canonicalize(sd, reference), (WEIGHT, BIAS)) for sd in state_dicts]
-    tokens = pipe.weight_tokenizer(aligned)["weight_tokens"].to(pipe.vae.dtype)
-    embeds = pipe.encoder.embed(list(labels)).to(pipe.vae.dtype).expand(len(tokens), -1, -1)
-    mean, _ = pipe.vae.encode(tokens, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
-    return pipe.weight_tokenizer.decode(
-        pipe.vae.decode(mean, embeds).float(), num_classes=torch.full((len(tokens),), len(labels))
-    )
+    pipe, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """
+    State dicts through the tokenizer, the autoencoder (its posterior mean) and back.
+
+    Args:
+        pipe ([`D2NWGPipeline`]): Of adapters or of networks.
+        state_dicts (sequence of state dicts): Members of one task as training saw them: adapters in their canonical gauge with a
+            centred head, networks with their hidden units matched to the first training member of the task.
+        labels (`Sequence[str]`): The class names, one per head row.
+
+    Raises:
+        LayoutMismatchError: If a member has none of the layouts that the generator knows.
+    """
+    tokenizer, vae = pipe.weight_tokenizer, pipe.vae
+    encoded = tokenizer(state_dicts)
+    layouts, counts = encoded["layout_ids"], encoded["num_classes"]
+    tokens = tokenizer.side_by_side(encoded["weight_tokens"], layouts, counts).to(vae.device, vae.dtype)
+    embeds = pipe.encoder.embed(list(labels)).to(tokens).expand(len(tokens), -1, -1)  # (N, C, E)
+    mean, _ = vae.encode(tokens, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=vae.device))
+    decoded = vae.decode(mean, embeds).float().cpu()
+    layout = int(layouts[0])  # of one task, and so all alike
+    return tokenizer.decode(tokenizer.own_tokens(decoded, layout), layouts, counts)
 
 
 def stored_rows(pipe) -> list[dict]:

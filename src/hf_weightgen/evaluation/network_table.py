@@ -1,10 +1,11 @@
 """The honest table of one task whose networks are generated as a whole, from examples of its dataset.
 
-Rows as in [`evaluation.table`]; the weights of all rows are matched to one member of the zoo (weight matching of Git
-Re-Basin), so that distances compare functions and not the order of hidden units.
+Rows as in [`evaluation.table`]; the weights of all rows are in one gauge (see [`~evaluation.novelty.fix_network_gauge`]), so that
+distances compare functions, and not the order of hidden units or what the softmax does not see.
 """
 
 import math
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,19 +17,21 @@ from ..targets.architectures import TargetConfig
 from ..targets.stacked import stack, unstack
 from ..targets.symmetry import permutation_spec
 from ..targets.tasks import TaskSpec
-from ..weights.permutation import align
 from ..zoo.images import ImageData, Images
 from ..zoo.networks import initial, predict_networks
 from . import baselines
 from .accuracy import rank_correlation, score
+from .novelty import fix_network_gauge
+from .p_diff import p_diff
 from .rows import TaskRows, Unavailable
 from .table import generated_row, held_out_row, majority_row, members_at_distance, reconstruction_row, zoo_row
 
 
 StateDict = Mapping[str, Tensor]
 METHODS = (
-    "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "pca_flow", "noise_0.05", "noise_0.15",
-    "noise_at_distance", "reconstruction", "generated", "generated_by_predictor", "generated_from_prompts", "generated_shuffled", "generated_mismatched",
+    "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "pca_flow", "p_diff", "noise_0.05",
+    "noise_0.15", "noise_at_distance", "reconstruction", "generated", "generated_by_predictor", "generated_from_prompts",
+    "generated_shuffled", "generated_mismatched",
 )  # fmt: skip
 
 
@@ -55,6 +58,7 @@ def network_table(
     predict_accuracies: Callable[[Sequence[StateDict]], Tensor] | None = None,
     n: int = 50,
     baseline_n: int = 20,
+    baseline_effort: float = 1.0,
     seed: int = 0,
 ) -> list[dict]:
     """
@@ -67,14 +71,16 @@ def network_table(
         predict_accuracies: What a generator's predictor expects of networks `(N,)`; the best of the samples by it, chosen without
             any data, is a row of its own beside the best on validation.
         n: Networks of the generated rows, and how many the best ones are chosen from; baseline_n: of the others.
+        baseline_effort: Share of their training steps that `pca_flow` and `p_diff` get; figures are told with 1.
 
     Returns:
-        `list[dict]`: rows as of [`honest_table`].
+        `list[dict]`: rows as of [`honest_table`]; those of methods without the generator tell in `cpu_seconds` what it cost
+            to fit them and to draw from them.
     """
     spec, reference = permutation_spec(config), members[0]
 
     def canonical(state_dicts: Sequence[StateDict]) -> list[StateDict]:
-        return [align(state_dict, reference, spec) for state_dict in state_dicts]
+        return fix_network_gauge(state_dicts, reference, spec)
 
     def rows_of(images: Images) -> Dataset:
         return Dataset.from_dict({"row": list(range(len(images))), "label": images.labels.tolist()})
@@ -101,6 +107,12 @@ def network_table(
             raise Unavailable("the generator has no such condition for this task")
         return made
 
+    def timed_row(method: str, make: Callable[[torch.Generator], list[StateDict]]) -> dict:
+        start = time.process_time()  # of all threads of the process, whoever else is at work on the machine
+        made = make(task.generator(method))
+        seconds = time.process_time() - start
+        return task.row(method, made) | {"cpu_seconds": seconds}
+
     samples = generated("generated", n)
     seeds = torch.randint(2**31, (baseline_n,), generator=task.generator("random_init")).tolist()
     fresh = initial(config, seeds, init)
@@ -112,12 +124,15 @@ def network_table(
         "zoo_average": lambda g: [baselines.average(aligned)],
         "gaussian": lambda g: baselines.gaussian(aligned, baseline_n, g),
         "kde": lambda g: baselines.kde(aligned, baseline_n, g),
-        "pca_flow": lambda g: baselines.pca_flow(aligned, baseline_n, g),
+        "pca_flow": lambda g: baselines.pca_flow(aligned, baseline_n, g, steps=math.ceil(3000 * baseline_effort)),
+        "p_diff": lambda g: p_diff(
+            aligned, baseline_n, g, *(math.ceil(steps * baseline_effort) for steps in (400, 1200))
+        ),
         "noise_0.05": lambda g: baselines.noisy(aligned, 0.05, baseline_n, g),
         "noise_0.15": lambda g: baselines.noisy(aligned, 0.15, baseline_n, g),
         "noise_at_distance": lambda g: members_at_distance(task, samples, g),
     }.items():
-        add(method, lambda m=method, make=make: task.row(m, make(task.generator(m))))
+        add(method, lambda m=method, make=make: timed_row(m, make))
     add("reconstruction", lambda: reconstruction_row(task, reconstruct, others or aligned))
     add("generated", lambda: generated_row(task, samples, samples, others, rows["zoo"]))
     add("generated_by_predictor", lambda: _by_predictor(task, samples, predict_accuracies))

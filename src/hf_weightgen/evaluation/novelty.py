@@ -1,7 +1,7 @@
 """Is it new, or a replay of the zoo? Distances between weights in one gauge, and overlap of errors.
 
-LoRA adapters are compared after each was put into its canonical gauge and its head was centred over the classes, as
-both change the weights and not the function. A generator that replays its zoo has distance 0 and an overlap of 1.
+Weights are compared in a canonical gauge, as much of them can change without the function: LoRA adapters with canonical
+factors, networks with their hidden units matched to one member, both with a head that is centred over the classes. A generator that replays its zoo has distance 0 and an overlap of 1.
 
 Reference: the overlap of wrong predictions is the similarity of p-diff (https://huggingface.co/papers/2402.13144).
 
@@ -16,9 +16,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..targets.architectures import HEAD
 from ..targets.functional import BIAS, WEIGHT
 from ..weights.layout import LayoutMismatchError
 from ..weights.lora import canonicalize, center_head
+from ..weights.permutation import PermutationSpec, align
 
 
 def fix_gauge(
@@ -37,6 +39,16 @@ def fix_gauge(
     if head is None:
         head = [name for name in (WEIGHT, BIAS) if name in state_dict]
     return center_head(canonicalize(state_dict, reference), head)
+
+
+def fix_network_gauge(
+    state_dicts: Sequence[Mapping[str, Tensor]], reference: Mapping[str, Tensor], spec: PermutationSpec
+) -> list[dict[str, Tensor]]:
+    """
+    The same functions in canonical weights, of networks that are generated as a whole: hidden units matched to those of
+    `reference` (weight matching of Git Re-Basin), and a head without the shift that all of its classes share.
+    """
+    return [center_head(align(state_dict, reference, spec), HEAD) for state_dict in state_dicts]
 
 
 def flatten(

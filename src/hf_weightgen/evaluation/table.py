@@ -402,6 +402,9 @@ def _remarks(rows: Sequence[Mapping]) -> list[str]:
     best = {row["method"]: row["best_of"] for row in rows if row.get("best") is not None and row.get("best_of")}
     if best:
         lines.append("best: selected on validation, of " + ", ".join(f"{n} ({method})" for method, n in best.items()))
+    seconds = {row["method"]: row["cpu_seconds"] for row in rows if row.get("cpu_seconds", 0) >= 1}
+    if seconds:
+        lines.append("CPU seconds: " + ", ".join(f"{value:.0f} ({method})" for method, value in seconds.items()))
     for row in rows:
         for key, other in (("difference", "zoo"), ("difference_held_out", "zoo_held_out")):
             if row.get(key):

@@ -9,6 +9,7 @@ Notation: R rows of the zoo; C classes; F size of an image feature.
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -113,7 +114,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         vae_settings={"kl_weight": 1e-3, "noise_scale": NOISE},
         max_train_steps=2000,
         targets=targets,
-        features=[features(images, data[spec.name].train, len(spec.labels)) for spec in specs],
+        features=of_one_shape([features(images, data[spec.name].train, len(spec.labels)) for spec in specs]),
         image_encoder={
             "id": MOBILENET,
             "revision": None,
@@ -135,6 +136,12 @@ def features(encoder: ImageEncoder, images: Images, classes: int) -> Tensor:
     rows = [(images.labels == c).nonzero().flatten()[:POOL] for c in range(classes)]
     pool = min(len(own) for own in rows)
     return encoder.embed(images.pixels[torch.cat([own[:pool] for own in rows])]).unflatten(0, (classes, pool))
+
+
+def of_one_shape(features: Sequence[Tensor]) -> list[Tensor]:
+    """Of tasks `(C, pool, F)` as [`~training.dataset_encoder.examples`] reads them: the smallest pool of all, and zeros for absent classes."""
+    pool, classes = min(own.shape[1] for own in features), max(len(own) for own in features)
+    return [F.pad(own[:, :pool], (0, 0, 0, 0, 0, classes - len(own))) for own in features]
 
 
 def _config(arch: Mapping, classes: int) -> TargetConfig:
