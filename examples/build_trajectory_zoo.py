@@ -35,7 +35,7 @@ def main():
     known = {entry.name for entry in fields(TrajectoryConfig)} & vars(args).keys()
     config, spec = TrajectoryConfig(**{name: getattr(args, name) for name in known}), get_task(args.task)
     build_trajectory_zoo(spec, args.checkpoint, args.folder, config, args.data_root)
-    zoo = load_zoo(args.folder).sort("id")
+    zoo = load_zoo(args.folder)
     for row in zoo.select_columns(["id", "split", "metrics"]):
         if row["metrics"]["test"] is not None:
             print(f"{row['id']} ({row['split']}): test accuracy {100 * row['metrics']['test']:.2f}")

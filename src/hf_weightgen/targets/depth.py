@@ -53,9 +53,9 @@ def with_depth(
     Args:
         samples: State dicts, at least one.
         shared_steps:
-            The last normalisation of a block that stands m times is divided by m, and multiplied where blocks next to it are
-            left out: what a stage adds to its input stays about the same, as when a differential equation is solved with
-            smaller or larger steps.
+            The last normalisation of a block that stands m times is divided by m: what a deeper stage adds to its input stays
+            about the same, as when a differential equation is solved with smaller steps. (Larger steps where blocks are left
+            out do not pay: what later blocks read has changed too much.)
 
     Returns:
         `dict[str, torch.Tensor]` with the names and shapes of `TargetModel(wanted).state_dict()`. At equal depth: the first sample.
@@ -85,8 +85,8 @@ def with_depth(
         for place, (block, source) in enumerate(zip(new, chosen, strict=True)):
             repeat = place - chosen.index(source)
             own = _copy(samples[repeat % len(samples)], old[source], block, names)
-            if shared_steps and source > 0:
-                _scale(own, block, _step(chosen, place, len(old)))
+            if shared_steps and chosen.count(source) > 1:
+                _divide(own, block, chosen.count(source))
             found |= own
     wrong = [name for name in targets if name not in found or targets[name] != tuple(found[name].shape)]
     if wrong or len(found) != len(targets):
@@ -124,14 +124,9 @@ def _copy(sample: Mapping[str, Tensor], old: dict, new: dict, names) -> dict[str
     return own
 
 
-def _step(chosen: Sequence[int], place: int, have: int) -> float:
-    """The part of the stage behind its first block, `have - 1` steps, that a place goes."""
-    return (have - 1) / (len(chosen) - 1) if len(chosen) <= have else 1 / chosen.count(chosen[place])
-
-
-def _scale(own: dict[str, Tensor], block: dict, factor: float) -> None:
+def _divide(own: dict[str, Tensor], block: dict, by: int) -> None:
     last = next((layer["name"] for layer in reversed(block["layers"]) if layer["kind"] == "norm"), None)
     if last is None:
         raise ValueError("Steps are shared by the last normalisation of a block, and there is none.")
     for part in NORM[:2]:  # weight and bias
-        own[f"{last}.{part}"] = own[f"{last}.{part}"] * factor
+        own[f"{last}.{part}"] = own[f"{last}.{part}"] / by
