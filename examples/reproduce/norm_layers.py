@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation import baselines
-from hf_weightgen.evaluation.network_table import _Rows as Rows
 from hf_weightgen.evaluation.novelty import flatten
 from hf_weightgen.evaluation.rows import TaskRows, Unavailable
 from hf_weightgen.evaluation.table import format_table, generated_row, members_at_distance, write_results, zoo_row
@@ -91,8 +91,9 @@ def table(base: StateDict, members, held_out, samples, data: ImageData, arch: Ma
         return Dataset.from_dict({"row": list(range(len(images))), "label": images.labels.tolist()})
 
     own = {part: first(getattr(data, part)) for part in ("validation", "test")}
-    rows_of = Rows(data.spec, view(own["validation"]), *(view(images) for images in own.values()))
-    inputs = {id(getattr(rows_of, part)): data.inputs(images) for part, images in own.items()}
+    views = {part: view(images) for part, images in own.items()}
+    rows_of = SimpleNamespace(spec=data.spec, train=views["validation"], **views)  # pixels stay where they are
+    inputs = {id(views[part]): data.inputs(images) for part, images in own.items()}
 
     def predict(parts: Sequence[StateDict], dataset: Dataset) -> Tensor:
         return predict_one_by_one(config, [{**base, **part} for part in parts], inputs[id(dataset)])
