@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--n", type=int, default=3, help="Networks of rows that are drawn.")
     parser.add_argument("--images", type=int, default=1920, help="Training images of the epoch.")
     parser.add_argument("--test_images", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true", help="Train under bfloat16 autocast.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -105,6 +105,7 @@ def starts(source, wanted, base: StateDict, members, samples, calibration: Tenso
         f"{made}_concatenated": [with_depth(own, source, wanted) for own in samples],
     }
     if len(wanted.layers) > len(source.layers):
+        rows["checkpoint_silent_blocks"] = [silent(copied(random[0], base), base)]
         rows["checkpoint_shared_steps"] = [with_depth([base], source, wanted, shared_steps=True)]
         rows[f"{made}_shared_steps"] = [with_depth(own, source, wanted, shared_steps=True) for own in samples]
     measured = {
@@ -117,6 +118,12 @@ def starts(source, wanted, base: StateDict, members, samples, calibration: Tenso
 def copied(network: StateDict, base: StateDict) -> dict[str, Tensor]:
     """A new network with all tensors of the checkpoint that have their name and shape in it."""
     return {name: base[name] if name in base and base[name].shape == t.shape else t for name, t in network.items()}
+
+
+def silent(network: StateDict, base: StateDict) -> dict[str, Tensor]:
+    """The checkpoint's function: blocks that it does not have add nothing to what passes them."""
+    added = [name for name in network if name not in base and ".bn2." in name and name.endswith(("weight", "bias"))]
+    return {name: torch.zeros_like(tensor) if name in added else tensor for name, tensor in network.items()}
 
 
 def measure(method: str, depth: int, config: TargetConfig, networks, data: ImageData, args) -> dict:

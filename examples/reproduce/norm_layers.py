@@ -4,9 +4,10 @@
     accelerate launch examples/train_d2nwg.py --zoo runs/norms --output_dir runs/norm-layers
     python examples/reproduce/norm_layers.py --generator runs/norm-layers/pipeline --zoo runs/norms --out norm_layers.json
 
-Replaced: ResNet-18 by ResNet-32, two normalisation layers of 2,048 weights by all of them with their statistics; CIFAR-100
-is left out. Generated tensors are put onto the checkpoint that the run began with. The zoo is a single trajectory: its plain
-average and independent Gaussians stand beside every figure, with distances to its nearest row.
+Replaced: ResNet-18 by ResNet-32, two normalisation layers of 2,048 weights by all of them, 2,272; CIFAR-100 is left out.
+What is generated is put onto the checkpoint that the run began with, with statistics of batch normalisation that are averages
+of the run, in all rows alike. The zoo is a single trajectory: its plain average and independent Gaussians stand beside every
+figure, with distances to its nearest row.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from hf_weightgen.evaluation.novelty import flatten
 from hf_weightgen.evaluation.rows import TaskRows, Unavailable
 from hf_weightgen.evaluation.table import format_table, generated_row, members_at_distance, write_results, zoo_row
 from hf_weightgen.targets.architectures import HEAD, architecture
+from hf_weightgen.targets.symmetry import BUFFERS
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.folder import load_zoo
 from hf_weightgen.zoo.images import ImageData, Images, load_images
@@ -55,13 +57,16 @@ def main():
     zoo = load_zoo(args.zoo)
     split, spec, first = list(zoo["split"]), get_task(zoo["task"][0]), zoo[0]
     base = next(zoo_state_dicts(zoo, [split.index("base")]))
-    members, held_out = (
-        [part_of(row) for row in zoo_state_dicts(zoo, [i for i, name in enumerate(split) if name == wanted])]
-        for wanted in ("train", "held_out")
-    )
+    of_split = {
+        part: list(zoo_state_dicts(zoo, [i for i, name in enumerate(split) if name == part]))
+        for part in ("train", "held_out")
+    }
+    rest = base | {n: t for n, t in baselines.average(of_split["train"]).items() if n.endswith(BUFFERS[:2])}
+    members, held_out = ([part_of(row) for row in rows] for rows in of_split.values())
     data = load_images([spec], args.data_root, first["arch"]["input_shape"][1])[spec.name]
     data.mean, data.std = first["provenance"]["mean"], first["provenance"]["std"]
-    rows = table(base, members, held_out, generated(args, list(spec.labels), spec.prompts), data, first["arch"], args)
+    rows = table(rest, members, held_out, generated(args, list(spec.labels), spec.prompts), data, first["arch"], args)
+    rows.insert(0, {**rows[0], **dict.fromkeys(rows[0]), **recorded(zoo[split.index("base")])})
     print(format_table(rows))
     for method, figures in PAPER.items():
         print("paper, Table 11, {}: mean {}, median {}, max {}".format(method, *figures))
@@ -69,8 +74,15 @@ def main():
 
 
 def part_of(state_dict: StateDict) -> dict[str, Tensor]:
-    """What is generated: a row without the head, which is fixed, and without counters, which nothing reads."""
-    return {n: tensor for n, tensor in state_dict.items() if n not in HEAD and tensor.is_floating_point()}
+    """What is generated of a row: neither the head, which is fixed, nor statistics."""
+    return {n: tensor for n, tensor in state_dict.items() if n not in HEAD and not n.endswith(BUFFERS)}
+
+
+def recorded(row: Mapping) -> dict:
+    """The checkpoint with its own statistics, as it was scored when the zoo was built."""
+    images = row["provenance"]["hyper_parameters"]["score_images"]
+    figures = {"mean": 100 * row["metrics"]["test"], "std": 0.0, "n": 1, "test_rows": images, "stored": True}
+    return {"task": row["task"], "method": "base_checkpoint", "metric": "accuracy"} | figures
 
 
 def generated(args, labels: list[str], prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -81,7 +93,7 @@ def generated(args, labels: list[str], prompts: Sequence[str]) -> list[dict[str,
     return [part_of(state_dict) for state_dict in made]
 
 
-def table(base: StateDict, members, held_out, samples, data: ImageData, arch: Mapping, args) -> list[dict]:
+def table(rest: StateDict, members, held_out, samples, data: ImageData, arch: Mapping, args) -> list[dict]:
     config = architecture(arch["name"], len(data.spec.labels), arch["input_shape"][0], input_shape=arch["input_shape"])
 
     def first(images: Images) -> Images:
@@ -96,7 +108,7 @@ def table(base: StateDict, members, held_out, samples, data: ImageData, arch: Ma
     inputs = {id(views[part]): data.inputs(images) for part, images in own.items()}
 
     def predict(parts: Sequence[StateDict], dataset: Dataset) -> Tensor:
-        return predict_one_by_one(config, [{**base, **part} for part in parts], inputs[id(dataset)])
+        return predict_one_by_one(config, [{**rest, **part} for part in parts], inputs[id(dataset)])
 
     spread = torch.linspace(0, len(members) - 1, min(args.members, len(members))).round().long().tolist()
     some = [members[i] for i in spread]
@@ -104,7 +116,7 @@ def table(base: StateDict, members, held_out, samples, data: ImageData, arch: Ma
     task.vectors = flatten(members)  # only some members are scored, but distances are to the nearest of all
     n, rows = args.baseline_n, {}
     makers = {
-        "base_checkpoint": lambda g: [part_of({name: base[name] for name in members[0]})],
+        "base_zoo_statistics": lambda g: [{name: rest[name] for name in members[0]}],
         "zoo_held_out": lambda g: held_out[-1:],
         "zoo_average": lambda g: [baselines.average(members)],
         "gaussian": lambda g: baselines.gaussian(members, n, g),

@@ -17,7 +17,7 @@ from ..targets.architectures import HEAD, TargetConfig, architecture
 from ..targets.base_models import TextEncoder, weights_sha256
 from ..targets.image_encoders import MOBILENET, ImageEncoder
 from ..targets.stacked import stack
-from ..targets.symmetry import permutation_spec
+from ..targets.symmetry import BUFFERS, permutation_spec
 from ..targets.tasks import get_task
 from ..weights.permutation import align
 from ..weights.tokenization import WeightTokenizer
@@ -42,7 +42,9 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
 
     Of a trajectory, see [`zoo.trajectory`], rows may be parts of networks: they are scored with the rest from the zoo's base,
-    and nothing of them is matched, since what they fit is fixed. Its rows count as runs of their own, as there is one run.
+    and nothing of them is matched, since what they fit is fixed. Their statistics of batch normalisation are not generated but
+    averaged: those of silent channels are so small that a generator makes some of them negative. Its rows count as runs of
+    their own, as there is one run.
 
     Args:
         images: Sees the examples of a dataset.
@@ -65,14 +67,20 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     bases = [i for i, part in enumerate(split) if part == "base"]
     base = dict(zip((names[i] for i in bases), zoo_state_dicts(dataset, bases), strict=True))
     first: dict[str, Mapping[str, Tensor]] = {}
+    statistics: dict[str, list[Mapping[str, Tensor]]] = {spec.name: [] for spec in specs}
     weights = {}
     for part, rows in where.items():
         weights[part] = []
-        for i, state_dict in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
+        for i, row in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
             # counters of batches, which nothing reads, are not generated; torch does without them
-            state_dict = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
+            state_dict = {n: t for n, t in row.items() if not n.endswith(BUFFERS if trajectory else BUFFERS[2])}
             reference, units = first.setdefault(names[i], state_dict), permutation_spec(of_task[names[i]])
             weights[part].append(state_dict if trajectory else align(state_dict, reference, units))
+            if trajectory and part == "train":
+                statistics[names[i]].append({n: t for n, t in row.items() if n.endswith(BUFFERS[:2])})
+    for name, own in statistics.items():
+        if own:
+            base[name] |= {n: torch.stack([one[n] for one in own]).mean(0) for n in own[0]}
     widest = max(one[HEAD[0]].shape[1] for one in first.values()) + 1  # a class's row of the head is one token
     tokenizer = WeightTokenizer.fit(weights["train"], token_size=max(TOKEN_SIZE, widest), head=HEAD)
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
