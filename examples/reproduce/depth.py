@@ -1,8 +1,11 @@
-"""ResNets of depths that no generator saw, from generated ResNet-32s (D2NWG Figure 2, section 4.1.4).
+r"""ResNets of depths that no generator saw, from generated ResNet-32s (D2NWG Figure 2, section 4.1.4).
 
-    python examples/build_trajectory_zoo.py runs/resnet32 --checkpoint checkpoints/resnet32.safetensors --checkpoints 60 --every 3 --lr 5e-3 --held_out 10
-    accelerate launch examples/train_d2nwg.py --zoo runs/resnet32 --output_dir runs/resnet32-generator
-    python examples/reproduce/depth.py --generator runs/resnet32-generator/pipeline --zoo runs/resnet32 --checkpoints checkpoints --out depth.json
+    python examples/build_trajectory_zoo.py runs/resnet32 --checkpoint checkpoints/resnet32.safetensors --burn_in 100 \
+        --checkpoints 60 --every 3 --held_out 10 --lr 5e-3 --bf16
+    accelerate launch examples/train_d2nwg.py --zoo runs/resnet32 --output_dir runs/resnet32-generator --vae_steps 250 \
+        --train_batch_size 8 --dataset_steps 30 --max_train_steps 600
+    python examples/reproduce/depth.py --generator runs/resnet32-generator/pipeline --zoo runs/resnet32 --checkpoints checkpoints \
+        --n 2 --images 1280 --bf16 --out depth.json
 
 Accuracy at first sight, and after one epoch on `--images` training images. Replaced: a zoo of many ResNet-32s by one
 fine-tuning run; CIFAR-10 alone, without CIFAR-100. Statistics of batch normalisation are measured anew on 256 training

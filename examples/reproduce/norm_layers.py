@@ -1,7 +1,9 @@
-"""The normalisation layers of a trained ResNet, generated from one fine-tuning run (D2NWG Table 11, p-diff's protocol).
+r"""The normalisation layers of a trained ResNet, generated from one fine-tuning run (D2NWG Table 11, p-diff's protocol).
 
-    python examples/build_trajectory_zoo.py runs/norms --checkpoint resnet32.safetensors --tensors norms --burn_in 200 --checkpoints 200 --lr 1e-2 --held_out 40
-    accelerate launch examples/train_d2nwg.py --zoo runs/norms --output_dir runs/norm-layers
+    python examples/build_trajectory_zoo.py runs/norms --checkpoint resnet32.safetensors --tensors norms --burn_in 200 \
+        --checkpoints 200 --every 2 --held_out 40 --lr 1e-2 --score_every 20 --bf16
+    accelerate launch examples/train_d2nwg.py --zoo runs/norms --output_dir runs/norm-layers --vae_steps 600 \
+        --train_batch_size 32 --dataset_steps 50 --max_train_steps 800
     python examples/reproduce/norm_layers.py --generator runs/norm-layers/pipeline --zoo runs/norms --out norm_layers.json
 
 Replaced: ResNet-18 by ResNet-32, two normalisation layers of 2,048 weights by all of them, 2,272; CIFAR-100 is left out.
