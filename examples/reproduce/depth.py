@@ -37,7 +37,7 @@ from hf_weightgen.zoo.trajectory import draw_batches, fine_tune, read_network
 
 
 CALIBRATION = 256  # training images on which statistics are measured, without their labels
-PAPER = "paper, Figure 2: random initialisation 10.00 at every depth, the best pretrained network 93.53; D2NWG's bars have no numbers"
+PAPER = "paper, Figure 2: random initialisation 10.00 at every depth; of all other bars 93.53 is the only number told"
 StateDict = Mapping[str, Tensor]
 
 
