@@ -141,7 +141,7 @@ class D2NWGPipeline(WeightGenPipeline):
                 )
             if target["kind"] == "network":
                 with torch.device("meta"):
-                    wanted = dict(TargetModel(TargetConfig(**target["config"], num_classes=2)).named_parameters())
+                    wanted = TargetModel(TargetConfig(**target["config"], num_classes=2)).state_dict()
                 body = {name: shape for name, shape in tensors.items() if name not in layout.head}
                 if any(
                     name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()

@@ -7,6 +7,7 @@ Notation: R rows of the zoo; C classes; F size of an image feature.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,22 @@ from ..targets.architectures import HEAD, TargetConfig, architecture
 from ..targets.base_models import TextEncoder, weights_sha256
 from ..targets.image_encoders import MOBILENET, ImageEncoder
 from ..targets.stacked import stack
-from ..targets.symmetry import permutation_spec
+from ..targets.symmetry import BUFFERS, permutation_spec
 from ..targets.tasks import get_task
 from ..weights.permutation import align
 from ..weights.tokenization import WeightTokenizer
 from ..zoo.folder import load_zoo
 from ..zoo.images import Images, load_images
-from ..zoo.networks import keep_memory, predict_networks
+from ..zoo.networks import keep_memory, predict_networks, predict_one_by_one
 from ..zoo.schema import zoo_state_dicts
 from .batches import ZooTensors
 from .function_loss import NetworkLoss
 from .sources import Source, known_tasks, told
 
 
+TOKEN_SIZE = 64
+LARGE = 65_536  # scalars of a network from which it reads images alone, and none in training
+TEST_IMAGES = 1000  # that such a network is scored on
 POOL = 60  # images of each class that the dataset encoder sees in training
 NOISE = 0.5  # of the zoo's spread, see [`NetworkLoss`]
 
@@ -37,6 +41,11 @@ NOISE = 0.5  # of the zoo's spread, see [`NetworkLoss`]
 def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root: str | None) -> Source:
     """
     Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
+
+    Of a trajectory, see [`zoo.trajectory`], rows may be parts of networks: they are scored with the rest from the zoo's base,
+    and nothing of them is matched, since what they fit is fixed. Their statistics of batch normalisation are not generated but
+    averaged: those of silent channels are so small that a generator makes some of them negative. Its rows count as runs of
+    their own, as there is one run.
 
     Args:
         images: Sees the examples of a dataset.
@@ -50,15 +59,31 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     side = configs[0].input_shape[1]
     data = load_images(specs, data_root, side)
     where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
-    where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == max(checkpoints)]
+    last = max(checkpoint for checkpoint in checkpoints if checkpoint is not None)
+    where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == last]
+    told_of = {spec.name: dataset[names.index(spec.name)]["provenance"] for spec in specs}
+    for name, provenance in told_of.items():
+        data[name] = replace(data[name], mean=provenance["mean"], std=provenance["std"])
+    trajectory = any(provenance.get("single_trajectory", False) for provenance in told_of.values())
+    bases = [i for i, part in enumerate(split) if part == "base"]
+    base = dict(zip((names[i] for i in bases), zoo_state_dicts(dataset, bases), strict=True))
     first: dict[str, Mapping[str, Tensor]] = {}
+    statistics: dict[str, list[Mapping[str, Tensor]]] = {spec.name: [] for spec in specs}
     weights = {}
     for part, rows in where.items():
         weights[part] = []
-        for i, state_dict in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
-            reference = first.setdefault(names[i], state_dict)
-            weights[part].append(align(state_dict, reference, permutation_spec(of_task[names[i]])))
-    tokenizer = WeightTokenizer.fit(weights["train"], token_size=64, head=HEAD)
+        for i, row in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
+            # counters of batches, which nothing reads, are not generated; torch does without them
+            state_dict = {n: t for n, t in row.items() if not n.endswith(BUFFERS if trajectory else BUFFERS[2])}
+            reference, units = first.setdefault(names[i], state_dict), permutation_spec(of_task[names[i]])
+            weights[part].append(state_dict if trajectory else align(state_dict, reference, units))
+            if trajectory and part == "train":
+                statistics[names[i]].append({n: t for n, t in row.items() if n.endswith(BUFFERS[:2])})
+    for name, own in statistics.items():
+        if own:
+            base[name] |= {n: torch.stack([one[n] for one in own]).mean(0) for n in own[0]}
+    widest = max(one[HEAD[0]].shape[1] for one in first.values()) + 1  # a class's row of the head is one token
+    tokenizer = WeightTokenizer.fit(weights["train"], token_size=max(TOKEN_SIZE, widest), head=HEAD)
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
     labels = {
         spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs
@@ -77,11 +102,21 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     known, thresholds = known_tasks(
         [told(spec) | {"target": t} for t, spec in enumerate(specs)], [[prompts[spec.name]] for spec in specs]
     )
-    splits = {spec.name: (data[spec.name].validation, data[spec.name].test) for spec in specs}
+    sizes = [sum(tensor.numel() for tensor in one.values()) for one in first.values()]
+    large = trajectory or max(sizes) > LARGE
+    splits = {spec.name: [data[spec.name].validation, data[spec.name].test] for spec in specs}
+    if large:
+        splits = {
+            name: [s.where(i < TEST_IMAGES for i in range(len(s))) for s in both] for name, both in splits.items()
+        }
     inputs = {task: [data[task].inputs(split) for split in both] for task, both in splits.items()}
 
     def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str, part: int = 0) -> Tensor:
-        predictions = predict_networks(of_task[task], stack(list(state_dicts)), inputs[task][part])
+        networks = [base.get(task, {}) | dict(state_dict) for state_dict in state_dicts]
+        if large:
+            predictions = predict_one_by_one(of_task[task], networks, inputs[task][part])
+        else:
+            predictions = predict_networks(of_task[task], stack(networks), inputs[task][part])
         return (predictions == splits[task][part].labels).double().mean(1)
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
@@ -89,8 +124,23 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
 
     seeds, runs = dataset["seed"], []
     for spec in specs:
-        rows = [(seeds[i], n) for n, i in enumerate(where["train"]) if names[i] == spec.name]
+        rows = [(i if trajectory else seeds[i], n) for n, i in enumerate(where["train"]) if names[i] == spec.name]
         runs.append(list(dict(rows).values()))  # the last checkpoint of each seed
+    task_loss = None
+    if not large:
+        task_loss = NetworkLoss(
+            tokenizer,
+            train,
+            list(zip(configs, layouts, strict=True)),
+            [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
+            NOISE,
+        )
+    vae_settings = {"kl_weight": 1e-3, "noise_scale": NOISE}
+    if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
+        differ = train.weight_tokens.var(0)[train.padding_mask[0]].mean().item()
+        vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}
+    if large:
+        vae_settings["token_width"] = max(1, min(32, 500_000 // sum(sizes)))
     source = Source(
         tokenizer,
         train,
@@ -101,18 +151,13 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         thresholds,
         score,
         vae_steps=1500,
-        task_steps=6000,
-        task_loss=NetworkLoss(
-            tokenizer,
-            train,
-            list(zip(configs, layouts, strict=True)),
-            [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
-            NOISE,
-        ),
+        task_steps=0 if large else 6000,
+        task_loss=task_loss,
         task_reconstruction=0.1,
         task_learning_rate=5e-4,
-        vae_settings={"kl_weight": 1e-3, "noise_scale": NOISE},
+        vae_settings=vae_settings,
         max_train_steps=2000,
+        samples=5 if large else 20,
         targets=targets,
         features=of_one_shape([features(images, data[spec.name].train, len(spec.labels)) for spec in specs]),
         image_encoder={
@@ -124,9 +169,10 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         validate=validate,
     )
     for spec in specs:
-        counts = data[spec.name].test.labels.bincount()
+        counts = splits[spec.name][1].labels.bincount()
         source.majority[spec.name] = (counts.max() / counts.sum()).item(), int(counts.sum())
         scores = [dataset["metrics"][i]["test"] for i in where["train"] if names[i] == spec.name]
+        scores = [score for score in scores if score is not None]
         source.zoo_scores[spec.name] = sum(scores) / len(scores)
     return source
 

@@ -7,7 +7,7 @@ Notation used for shapes: K networks, N examples of the training set, b of a bat
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -172,3 +172,17 @@ def _masked(logits: Tensor, num_classes: Tensor | None, part: slice) -> Tensor:
         return logits
     beyond = torch.arange(logits.shape[2]) >= num_classes[part, None]  # (k, C)
     return logits.masked_fill(beyond[:, None], -torch.inf)
+
+
+@torch.no_grad()
+def predict_one_by_one(
+    config: TargetConfig, state_dicts: Iterable[Mapping[str, Tensor]], inputs: Tensor, chunk: int = 250
+) -> Tensor:
+    """[`predict_networks`] of networks that fill a CPU alone, such as ResNets, for which it is several times as fast."""
+    model = TargetModel(config).to(memory_format=torch.channels_last).eval()
+    predictions = []
+    for state_dict in state_dicts:
+        model.load_state_dict(state_dict)
+        parts = (part.contiguous(memory_format=torch.channels_last) for part in inputs.split(chunk))
+        predictions.append(torch.cat([model(part).logits.argmax(-1) for part in parts]))
+    return torch.stack(predictions)
