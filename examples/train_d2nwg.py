@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from hf_weightgen.evaluation.accuracy import rank_correlation
 from hf_weightgen.evaluation.baselines import average, gaussian
 from hf_weightgen.hub.cards import write_card
-from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.models.modeling_dataset_encoder import ALIGNMENTS, POOLINGS, DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_predictor import AccuracyPredictor, AccuracyPredictorConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.output import WeightGenOutput
@@ -35,7 +35,7 @@ from hf_weightgen.training.d2nwg import (
     reconstruct,
     scaled_latents,
 )
-from hf_weightgen.training.dataset_encoder import dataset_loss
+from hf_weightgen.training.dataset_encoder import SHOTS, dataset_loss
 from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
@@ -80,6 +80,13 @@ def parse_args():
         type=float,
         default=0.0,
         help="Weight of a frozen predictor's opinion of reconstructions in the autoencoder's loss (eq. 9; the paper has 1); 0 for none.",
+    )
+    add("--pooling", choices=POOLINGS, default=POOLINGS[0], help="Of the dataset encoder; 'mlp' is D2NWG's ablation.")
+    add(
+        "--alignment",
+        choices=ALIGNMENTS,
+        default=ALIGNMENTS[0],
+        help="Of datasets with weights; 'soft' as in its code.",
     )
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
@@ -182,7 +189,14 @@ def main():
         fit_latent_scale(vae, *encode(vae, zoo))
         latents = vae.scale(encode(vae, zoo)[0])
         dataset_encoder = DatasetEncoder(
-            DatasetEncoderConfig(feature_size=source.features[0].shape[-1], latent_size=latents.shape[1])
+            DatasetEncoderConfig(
+                feature_size=source.features[0].shape[-1],
+                latent_size=latents.shape[1],
+                pooling=args.pooling,
+                num_classes=source.features[0].shape[0],
+                num_examples=SHOTS,
+                alignment=args.alignment,
+            )
         )
         train(
             accelerator,

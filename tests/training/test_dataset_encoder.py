@@ -1,5 +1,7 @@
 """Datasets as conditions: examples stay with their class, shares of a batch agree, and the encoder learns whose they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,3 +77,26 @@ def test_training_brings_datasets_to_their_prompts_and_classes_to_their_names(ro
         expected = F.normalize(0.75 * own + 0.25 * other, dim=-1)  # the first wording comes three times of four
         assert (of_classes * expected).sum(-1)[:, mask].mean() > 0.9
     assert torch.equal(more.weight_tokens, rows.weight_tokens)
+
+
+@pytest.mark.parametrize("alignment", ["info_nce", "soft"])
+def test_the_mlp_of_the_ablation_learns_too(rows, alignment):
+    same = replace(rows, class_mask=torch.ones_like(rows.class_mask))  # it reads one number of classes
+    features = [
+        F.normalize(torch.randn(*same.class_mask.shape[1:], 12, 6, generator=random(t)), dim=-1)
+        for t in range(len(same.class_mask))
+    ]
+    torch.manual_seed(0)
+    config = DatasetEncoderConfig(
+        feature_size=6, embedding_size=rows.prompt_embeds[0].shape[1], latent_size=4, hidden_size=32, pooling="mlp",
+        num_classes=same.class_mask.shape[1], alignment=alignment,
+    )  # fmt: skip
+    model, latents = DatasetEncoder(config), torch.randn(len(rows), 4, generator=random(3))
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for step in range(30):
+        loss = dataset_loss(model, features, latents, same, draws(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])

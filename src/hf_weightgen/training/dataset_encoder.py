@@ -51,7 +51,9 @@ def dataset_loss(
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
-    count = FEWEST + int(random.shared_integers(MOST - FEWEST + 1, 1, purpose=52))
+    config, count = getattr(encoder, "module", encoder).config, SHOTS
+    if config.pooling != "mlp":  # which reads one number of examples only
+        count = FEWEST + int(random.shared_integers(MOST - FEWEST + 1, 1, purpose=52))
     shown = examples(features, tasks, count, random)
     return encoder(
         features=shown,

@@ -28,10 +28,10 @@ from .d2nwg import fit_latent_scale
 from .objectives import PROMPT_DROPOUT, noised
 
 
-POWERS, STRENGTHS, NAME_WEIGHTS = (0.0, 0.2, 0.4, 0.6), (-3.0, -2.0, -1.0, 0.0, 1.0), (0.5, 1.0, 2.0, 4.0)
+POWERS, STRENGTHS, NAME_WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8), (-3.0, -2.0, -1.0, 0.0), (0.5, 1.0, 2.0, 4.0)
 TRIALS = 60  # tasks of a set and number of shots
 MOST_SHOTS, QUERIES = 5, 8
-SPECIFIC = 3.0  # weight of what the decoder adds to ridge regression: else it learns the zoo's classes by heart
+SPECIFIC = 1000.0  # weight of what the decoder adds to ridge regression: else it learns the zoo's classes by heart
 
 
 def within_class_covariance(sets: Sequence[FeatureSet]) -> Tensor:
