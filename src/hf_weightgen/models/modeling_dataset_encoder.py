@@ -41,7 +41,7 @@ class DatasetEncoderConfig(PreTrainedConfig):
             code.
         temperature: tau of eq. 2.
         ridge: Class embeddings are rows of a linear classifier of the features, weight and bias, that [`Ridge`] fits to the
-            examples and the Set Transformer corrects; `embedding_size` then is F + 1.
+            examples; `embedding_size` then is F + 1.
         reads_names: The name of a class is one more example of it, as the encoder of the features reads it; with `ridge`.
     """
 
@@ -192,9 +192,11 @@ class DatasetEncoder(PreTrainedModel):
             self.feature_in = nn.Linear(config.feature_size, size)
             arguments = (size, config.num_attention_heads, config.num_inducing_points)
             self.within, self.over = _SetTransformer(*arguments), _SetTransformer(*arguments)
+        self.dataset_out = nn.Linear(size, E)
         if config.ridge:
             self.ridge = Ridge(config.feature_size)
-        self.class_out, self.dataset_out = nn.Linear(size, E), nn.Linear(size, E)
+        else:
+            self.class_out = nn.Linear(size, E)
         self.latent_projection = nn.Linear(config.latent_size, E)
         self.post_init()
 
@@ -212,9 +214,6 @@ class DatasetEncoder(PreTrainedModel):
             init.eye_(module.metric)
             for parameter in (module.centre, module.log_strength, module.log_name_weight):
                 init.zeros_(parameter)
-        if module is self and self.config.ridge:  # its rows are where training starts
-            init.zeros_(self.class_out.weight)
-            init.zeros_(self.class_out.bias)
 
     def encode(
         self, features: Tensor, example_mask: Tensor, name_embeds: Tensor | None = None
@@ -249,10 +248,10 @@ class DatasetEncoder(PreTrainedModel):
             members = self.feature_in(features * size).flatten(0, 1)
             _, classes = self.within(members, inside.flatten(0, 1))  # (B C, H)
             classes, dataset = self.over(classes.unflatten(0, (B, C)), class_mask)
-        dataset, classes = F.normalize(self.dataset_out(dataset), dim=-1), self.class_out(classes)
+        dataset = F.normalize(self.dataset_out(dataset), dim=-1)
         if self.config.ridge:
-            return dataset, self.ridge(features, example_mask, name_embeds) + classes * class_mask[..., None]
-        return dataset, F.normalize(classes, dim=-1)
+            return dataset, self.ridge(features, example_mask, name_embeds)
+        return dataset, F.normalize(self.class_out(classes), dim=-1)
 
     def forward(
         self,
