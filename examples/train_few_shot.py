@@ -63,8 +63,8 @@ def parse_args():
     add("--cache", default="runs/features", help="Folder for encoded sets.")
     add("--output_dir", type=Path, default=Path("runs/few-shot"))
     add("--heads", type=int, default=4096, help="Of the zoo.")
-    add("--steps", type=int, default=1500, help="Of autoencoder and dataset encoder.")
-    add("--denoiser_steps", type=int, default=1500)
+    add("--steps", type=int, default=400, help="Of autoencoder and dataset encoder.")
+    add("--denoiser_steps", type=int, default=400)
     add("--learning_rate", type=float, default=5e-4)
     add("--kl_weight", type=float, default=1.0)
     add("--seed", type=int, default=0)
@@ -187,7 +187,7 @@ def main():
     write_card(
         folder,
         "generator",
-        prompt="a few examples of each class",
+        examples="images" if args.images else "texts",
         generator="PATH_OR_ID",
         command="accelerate launch examples/train_few_shot.py" + " --images" * args.images,
         datasets=sorted({spec.dataset_id for spec in specs}),

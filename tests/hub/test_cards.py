@@ -121,3 +121,13 @@ def test_a_card_by_hand_is_kept_and_a_default_one_is_not(tmp_path):
     ):
         (tmp_path / "README.md").write_text(text)
         assert needs_card(tmp_path) is needed, text
+
+
+@pytest.mark.parametrize(("examples", "encoder"), [("texts", "encoder"), ("images", "image_encoder")])
+def test_a_generator_that_reads_datasets_alone_says_how(tmp_path, examples, encoder):
+    card = write_card(tmp_path, "generator", examples=examples, generator="acme/gen").read_text()
+    assert f"frozen encoder of {examples}." in card and f"# lists of {examples}\n" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert f"pipe.{encoder}.embed(others)" in snippet and "None" not in snippet
+    assert "a prompt" not in card.split("## Limits")[1]

@@ -34,6 +34,7 @@ def write_card(
     base_model: str | None = None,
     labels: Sequence[str] = (),
     prompt: str | None = None,
+    examples: str | None = None,
     seed: int | None = None,
     task: str | None = None,
     generator: str | None = None,
@@ -49,6 +50,7 @@ def write_card(
         kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network), `"generator"` (a pipeline) or
             `"zoo"` (a dataset).
         generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
+        prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`.
         facts: further lines of the details; notes: paragraphs under "Limits".
     """
     library = {"adapter": "peft", "network": "transformers", "generator": "hf_weightgen"}
@@ -72,6 +74,7 @@ def write_card(
         base=base_model,
         labels=list(labels),
         prompt=prompt,
+        examples=examples,
         seed=seed,
         task=task,
         generator=generator,

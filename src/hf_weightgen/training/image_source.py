@@ -165,7 +165,9 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
             "revision": None,
             "sha256": weights_sha256(images.model.name_or_path),
         },
-        accuracies=torch.tensor([dataset["metrics"][i]["validation"] for i in where["train"]]),
+        accuracies=torch.tensor(
+            [torch.nan if (told := dataset["metrics"][i]["validation"]) is None else told for i in where["train"]]
+        ),
         validate=validate,
     )
     for spec in specs:
