@@ -141,6 +141,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}
     if large:
         vae_settings["token_width"] = max(1, min(32, 500_000 // sum(sizes)))
+    measured = [dataset["metrics"][i]["validation"] for i in where["train"]]
     source = Source(
         tokenizer,
         train,
@@ -165,9 +166,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
             "revision": None,
             "sha256": weights_sha256(images.model.name_or_path),
         },
-        accuracies=torch.tensor(
-            [torch.nan if (told := dataset["metrics"][i]["validation"]) is None else told for i in where["train"]]
-        ),
+        accuracies=torch.tensor([torch.nan if value is None else value for value in measured]),
         validate=validate,
     )
     for spec in specs:
