@@ -90,18 +90,18 @@ def fit_ridge(
             rows = ridge(support, torch.ones(support.shape[:3], dtype=torch.bool), shown)
             said = head_logits(rows, torch.stack([task.queries for task in group])).argmax(-1)
             scores.append((said == torch.arange(said.shape[1])[:, None]).double().mean())
-        # geometric mean of errors: a set on which all settings fail half of the time would drown the others
+        # geometric mean of errors (and a hundredth, for sets without any): hopeless sets would drown the others in a plain mean
         return 1 - (1.01 - torch.stack(scores)).log().mean().exp().item()
 
     found: dict[float, list[tuple]] = {}
     for power in POWERS:
         metrics, found[power] = {name: metric(power, without=name) for name in sets}, []
         for of_shots in (0, 1):
-            results = {}
+            results = []
             for strength, weight in itertools.product(STRENGTHS, NAME_WEIGHTS if names else (1.0,)):
                 ridge.log_strength.copy_(torch.tensor([strength, 0.0]))
                 ridge.log_name_weight.copy_(torch.tensor([math.log(weight), 0.0]))
-                results[trial(metrics, of_shots), strength, math.log(weight)] = None
+                results.append((trial(metrics, of_shots), strength, math.log(weight)))
             found[power].append(max(results))
     power = max(found, key=lambda power: sum(best[0] for best in found[power]))
     (one, *few), (five, *more) = found[power]
@@ -200,10 +200,7 @@ class HeadGenerator(nn.Module):
     def __init__(self, vae: WeightVAE, encoder: DatasetEncoder):
         super().__init__()
         self.vae, self.encoder = vae, encoder
-        for frozen in (
-            *encoder.ridge.parameters(),
-            *vae.name_projection.parameters(),
-        ):
+        for frozen in (*encoder.ridge.parameters(), *vae.name_projection.parameters()):
             frozen.requires_grad_(False)  # found on other sets: trained on the zoo's classes they would fit those
 
     def forward(self, zoo: HeadTensors, random: StepRandom) -> Tensor:
