@@ -23,7 +23,6 @@ from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
 from hf_weightgen.targets.architectures import HEAD
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder, weights_sha256
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
-from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.d2nwg import make_schedulers
 from hf_weightgen.training.few_shot import (
     HeadGenerator,
@@ -79,11 +78,11 @@ def main():
     keep_memory()
     texts = load_encoder(MINILM)
     encoder = load_image_encoder(args.image_encoder) if args.images else texts
-    specs = [_spec(name, args.data_root) for name in args.sets or (IMAGES if args.images else TEXTS)]
+    specs = [spec_of(name, args.data_root) for name in args.sets or (IMAGES if args.images else TEXTS)]
     sets = embed_sets(specs, encoder, args.data_root, args.cache, turns=args.images)
     names = None
     if not args.images:
-        sets = drop_alike(sets, [_spec(name, args.data_root) for name in args.not_like], texts)
+        sets = drop_alike(sets, [spec_of(name, args.data_root) for name in args.not_like], texts)
         names = {name: texts.embed(one.classes) for name, one in sets.items()}
     accelerator.print({name: len(one) for name, one in sets.items()}, f"({time.perf_counter() - start:.0f} s)")
 
@@ -194,13 +193,6 @@ def main():
         facts={"seed": args.seed, "heads": f"{len(tensors)} to train on", "ridge": json.dumps(chosen)},
     )
     print(f"saved {folder} after {seconds:.0f} s")
-
-
-def _spec(name: str, data_root: str | None):
-    try:
-        return get_task(name)
-    except ValueError:
-        return spec_of(name, data_root)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from hf_weightgen.targets.stacked import stack, unstack
 from hf_weightgen.targets.symmetry import reestimate_norms
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.folder import load_zoo
-from hf_weightgen.zoo.images import ImageData, Images, load_images
+from hf_weightgen.zoo.images import ImageData, load_images
 from hf_weightgen.zoo.networks import initial, keep_memory, predict_one_by_one
 from hf_weightgen.zoo.schema import zoo_state_dicts
 from hf_weightgen.zoo.trajectory import draw_batches, fine_tune, read_network
@@ -71,7 +71,7 @@ def main():
         method: [[base | network for network in own] for own in made]  # counters of batches are not generated
         for method, made in drawn(args, members, list(spec.labels), spec.prompts[0]).items()
     }
-    calibration = data.inputs(some(data.train, CALIBRATION))
+    calibration = data.inputs(data.train.first(CALIBRATION))
     rows = []
     for depth in args.depths:
         wanted = architecture(f"resnet{depth}", len(spec.labels))
@@ -135,14 +135,14 @@ def silent(network: StateDict, base: StateDict) -> dict[str, Tensor]:
 
 def measure(method: str, depth: int, config: TargetConfig, networks, data: ImageData, args) -> dict:
     """Test accuracies in points: of all networks at first sight, and of the first one after an epoch."""
-    test = some(data.test, args.test_images)
+    test = data.test.first(args.test_images)
     inputs = data.inputs(test)
 
     def score(state_dicts) -> Tensor:
         return 100 * (predict_one_by_one(config, state_dicts, inputs) == test.labels).double().mean(1)
 
     before = score(networks)
-    images = some(data.train, args.images)
+    images = data.train.first(args.images)
     batches = draw_batches(data, images, args.images // 64, 64, torch.Generator().manual_seed(args.seed))
     *_, trained = fine_tune(config, networks[0], batches, lr=args.lr, bf16=args.bf16)
     row = {
@@ -160,10 +160,6 @@ def measure(method: str, depth: int, config: TargetConfig, networks, data: Image
     told = "resnet{:<3} {:26} at first sight {:5.1f} ± {:4.1f}, after one epoch {:5.1f}"
     print(told.format(depth, method, row["mean"], row["std"], row["after_one_epoch"]), flush=True)
     return row
-
-
-def some(images: Images, count: int) -> Images:
-    return images.where(i < count for i in range(len(images)))
 
 
 if __name__ == "__main__":

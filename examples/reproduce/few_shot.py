@@ -20,7 +20,6 @@ from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.few_shot import DRAWS, few_shot_rows, tune, with_names
 from hf_weightgen.evaluation.table import write_results
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
-from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.features import draw_task, embed_sets, spec_of
 
 
@@ -53,15 +52,20 @@ def main():
         pipe.image_encoder = load_image_encoder(args.image_encoder)
     encoder = pipe.image_encoder if args.images else pipe.encoder
     tuning = args.tuning or (IMAGES if args.images else TEXTS)
-    known = embed_sets([_spec(n, args) for n in tuning], encoder, args.data_root, args.cache)
-    unseen = embed_sets([_spec(n, args) for n in args.unseen], encoder, args.data_root, args.cache, split="test")
+    known = embed_sets([spec_of(n, args.data_root) for n in tuning], encoder, args.data_root, args.cache)
+    unseen = embed_sets(
+        [spec_of(n, args.data_root) for n in args.unseen], encoder, args.data_root, args.cache, split="test"
+    )
     mean = torch.stack([one.features.sum((0, 1)) / one.counts.sum() for one in known.values()]).mean(0)
     names = (
         {} if args.images else {c: e for one in [*known.values(), *unseen.values()] for c, e in _names(one, encoder)}
     )
     generators = {"generated": partial(heads, pipe, args.seed)}
     if names:
-        generators["generated_without_names"] = partial(heads, pipe, args.seed, reads_names=False)
+        nameless = WeightGenPipeline.from_pretrained(args.generator)
+        nameless.set_progress_bar_config(disable=True)
+        nameless.dataset_encoder.config.reads_names = False
+        generators["generated_without_names"] = partial(heads, nameless, args.seed)
     rows = []
     for shots in args.shots:
         seen = draw(known, shots, TUNING // len(known) + 1, args.seed + 1)
@@ -86,14 +90,10 @@ def draw(sets, shots: int, count: int, seed: int) -> list:
     ]
 
 
-def heads(pipe, seed: int, task, count: int, reads_names: bool | None = None) -> list[dict]:
+def heads(pipe, seed: int, task, count: int) -> list[dict]:
     """Heads for a task; what a class is called is told to a generator that reads names."""
-    config = pipe.dataset_encoder.config
-    before, config.reads_names = config.reads_names, config.reads_names if reads_names is None else reads_names
     dataset = {name: list(examples) for name, examples in zip(task.classes, task.support, strict=True)}
-    made = pipe(dataset=dataset, num_samples=count, generator=torch.Generator().manual_seed(seed)).weights
-    config.reads_names = before
-    return made
+    return pipe(dataset=dataset, num_samples=count, generator=torch.Generator().manual_seed(seed)).weights
 
 
 def summary(rows: list[dict], name: str, shots: int) -> str:
@@ -115,13 +115,6 @@ def summary(rows: list[dict], name: str, shots: int) -> str:
 
 def _names(one, encoder) -> list[tuple]:
     return list(zip(one.classes, encoder.embed([name.replace("_", " ") for name in one.classes]), strict=True))
-
-
-def _spec(name: str, args):
-    try:
-        return get_task(name)
-    except ValueError:
-        return spec_of(name, args.data_root)
 
 
 if __name__ == "__main__":

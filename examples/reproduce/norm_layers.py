@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation import baselines
 from hf_weightgen.evaluation.novelty import flatten
+from hf_weightgen.evaluation.p_diff import p_diff
 from hf_weightgen.evaluation.rows import TaskRows, Unavailable
 from hf_weightgen.evaluation.table import format_table, generated_row, members_at_distance, write_results, zoo_row
 from hf_weightgen.targets.architectures import HEAD, architecture
@@ -98,13 +99,10 @@ def generated(args, labels: list[str], prompts: Sequence[str]) -> list[dict[str,
 def table(rest: StateDict, members, held_out, samples, data: ImageData, arch: Mapping, args) -> list[dict]:
     config = architecture(arch["name"], len(data.spec.labels), arch["input_shape"][0], input_shape=arch["input_shape"])
 
-    def first(images: Images) -> Images:
-        return images.where(i < args.images for i in range(len(images)))
-
     def view(images: Images) -> Dataset:
         return Dataset.from_dict({"row": list(range(len(images))), "label": images.labels.tolist()})
 
-    own = {part: first(getattr(data, part)) for part in ("validation", "test")}
+    own = {part: getattr(data, part).first(args.images) for part in ("validation", "test")}
     views = {part: view(images) for part, images in own.items()}
     rows_of = SimpleNamespace(spec=data.spec, train=views["validation"], **views)  # pixels stay where they are
     inputs = {id(views[part]): data.inputs(images) for part, images in own.items()}
@@ -124,11 +122,10 @@ def table(rest: StateDict, members, held_out, samples, data: ImageData, arch: Ma
         "gaussian": lambda g: baselines.gaussian(members, n, g),
         "kde": lambda g: baselines.kde(members, n, g),
         "pca_flow": lambda g: baselines.pca_flow(members, n, g),
+        "p_diff": lambda g: p_diff(members, n, g),
         "noise_0.05": lambda g: baselines.noisy(members, 0.05, n, g),
         "noise_at_distance": lambda g: members_at_distance(task, samples, g),
     }
-    if hasattr(baselines, "p_diff"):
-        makers["p_diff"] = lambda g: baselines.p_diff(members, n, g)
     rows["zoo"] = zoo_row(task, {"mean": 100 / len(data.spec.labels)})
     rows["zoo"]["spread_l2"] = flatten_spread(members)
     for method, make in makers.items():

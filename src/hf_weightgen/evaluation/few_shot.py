@@ -25,7 +25,7 @@ DRAWS, TOP = 50, 3  # generated heads of a task, and how many of them the paper 
 
 
 class NearestCentroid:
-    """The class whose mean is nearest: by Euclidean distance, or by cosine."""
+    """The class whose mean is nearest, by Euclidean distance or by cosine; scikit-learn's knows no cosine, and warns at one example."""
 
     def __init__(self, cosine: bool):
         self.cosine = cosine

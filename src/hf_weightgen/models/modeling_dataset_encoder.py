@@ -147,14 +147,15 @@ class Ridge(nn.Module):
             `torch.FloatTensor` of shape `(B, C, F + 1)` in float32: weight and bias of each class, with weights of length 1 on
             average; zeros in the place of padding.
         """
-        count, features = mask, features.float() @ self.metric.float()
+        metric = self.metric.float()
+        count, features = mask, features.float() @ metric
         shots = (mask.sum((1, 2)) / mask.any(-1).sum(1)).log()  # (B,), of a mean class
         log_strength, log_name_weight = (
             first + more * shots for first, more in (self.log_strength.float(), self.log_name_weight.float())
         )
         penalty = torch.ones_like(features[..., 0])
         if name_embeds is not None:
-            features = torch.cat([features, name_embeds.float()[:, :, None] @ self.metric.float()], 2)
+            features = torch.cat([features, name_embeds.float()[:, :, None] @ metric], 2)
             mask = torch.cat([mask, mask.any(-1, keepdim=True)], 2)
             lighter = (-log_name_weight).exp()[:, None, None].expand_as(penalty[..., :1])
             penalty = torch.cat([penalty, lighter], 2)
@@ -162,7 +163,7 @@ class Ridge(nn.Module):
         real, classes = mask.flatten(1)[..., None].float(), count.any(-1).float()  # (B, C n, 1), (B, C)
         flat = features.flatten(1, 2)
         mean = (flat * real).sum(1) / real.sum(1)  # (B, F)
-        origin = 0.5 * (mean + self.centre.float() @ self.metric.float())
+        origin = 0.5 * (mean + self.centre.float() @ metric)
         flat = (flat - origin[:, None]) * real
         gram = flat @ flat.mT  # (B, C n, C n)
         size = gram.diagonal(dim1=1, dim2=2).sum(1) / real[..., 0].sum(1)
@@ -173,7 +174,7 @@ class Ridge(nn.Module):
         length = weight.norm(dim=-1).sum(1) / classes.sum(1)
         weight = weight / length[:, None, None].clamp(min=1e-12)
         bias = -(weight @ origin[..., None])
-        return torch.cat([weight @ self.metric.float().mT, bias], -1)
+        return torch.cat([weight @ metric.mT, bias], -1)
 
 
 class DatasetEncoder(PreTrainedModel):

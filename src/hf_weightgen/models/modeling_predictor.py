@@ -83,8 +83,6 @@ class AccuracyPredictor(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
         if module is self:
             init.normal_(self.token_in, std=self.config.token_size**-0.5)
             init.normal_(self.token_bias, std=1.0)

@@ -71,6 +71,7 @@ class WeightVAEOutput(ModelOutput):
         match_loss: Binary cross-entropy of the compatibility of prompts with class names.
         foreign_loss: Mean square of what the adapter adds to the rows of class names that are not its own.
         weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): The reconstruction.
+        latents (`torch.FloatTensor` of shape `(B, Z)`): Means of the posterior.
     """
 
     loss: Tensor | None = None
@@ -79,6 +80,7 @@ class WeightVAEOutput(ModelOutput):
     match_loss: Tensor | None = None
     foreign_loss: Tensor | None = None
     weight_tokens: Tensor | None = None
+    latents: Tensor | None = None
 
 
 def class_mean(values: Tensor, class_mask: Tensor) -> Tensor:
@@ -140,8 +142,6 @@ class WeightVAE(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
         if module is self:
             init.normal_(self.token_in, std=self.config.token_size**-0.5)
             init.normal_(self.token_out, std=self.config.token_width**-0.5)
@@ -271,4 +271,4 @@ class WeightVAE(PreTrainedModel):
             specific = self._specific_rows(hidden, few).square().mean(-1)
             foreign_loss = ((specific * real).sum(1) / real.sum(1).clamp(min=1)).mean()
             loss = loss + 0.1 * match_loss + self.config.foreign_weight * foreign_loss
-        return WeightVAEOutput(loss, body + rows, kl, match_loss, foreign_loss, reconstruction)
+        return WeightVAEOutput(loss, body + rows, kl, match_loss, foreign_loss, reconstruction, mean)

@@ -218,7 +218,6 @@ class HeadGenerator(nn.Module):
             class_mask=mask,
             noise=random.normal(size, purpose=4),
         )
-        latents, _ = self.vae.encode(tokens, of_classes, mask)
         made = self.vae.decode(random.normal(size, purpose=5), of_classes)
         logits = head_logits(made * zoo.scale, queries)  # (b, C, q, C): the offset is shared by all classes
         logits = logits.masked_fill(~mask[:, None, None], -1e4)
@@ -227,8 +226,8 @@ class HeadGenerator(nn.Module):
             logits.movedim(-1, 1), truth[..., None].expand(logits.shape[:3]), reduction="none"
         )  # (b, C, q)
         task_loss = (loss.mean(-1) * mask).sum(1) / mask.sum(1)
-        groups = torch.arange(len(rows))
-        aligned = self.encoder.align(of_dataset, self.encoder.latent_embeds(latents.detach()), groups)
+        of_latents = self.encoder.latent_embeds(output.latents.detach())
+        aligned = self.encoder.align(of_dataset, of_latents, torch.arange(len(rows)))
         specific = made - self.vae.name_projection(of_classes)
         return output.loss + task_loss.mean() + 0.1 * aligned + SPECIFIC * (specific.square().mean(-1) * mask).mean()
 

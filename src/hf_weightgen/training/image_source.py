@@ -106,9 +106,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
     large = trajectory or max(sizes) > LARGE
     splits = {spec.name: [data[spec.name].validation, data[spec.name].test] for spec in specs}
     if large:
-        splits = {
-            name: [s.where(i < TEST_IMAGES for i in range(len(s))) for s in both] for name, both in splits.items()
-        }
+        splits = {name: [split.first(TEST_IMAGES) for split in both] for name, both in splits.items()}
     inputs = {task: [data[task].inputs(split) for split in both] for task, both in splits.items()}
 
     def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str, part: int = 0) -> Tensor:

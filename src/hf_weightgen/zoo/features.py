@@ -9,20 +9,21 @@ Notation: C classes, n examples and q queries of each; F size of a feature; `poo
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Image, Value, load_dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..targets.base_models import TextEncoder
 from ..targets.image_encoders import ImageEncoder
-from ..targets.tasks import TaskSpec
+from ..targets.tasks import TaskSpec, get_task
 from .images import load_images
 from .tasks import load_tasks
 
@@ -62,15 +63,18 @@ class FewShotTask:
 
 def spec_of(dataset_id: str, data_root: str | Path | None = None) -> TaskSpec:
     """
-    What a labelled dataset is, read off its columns: one of class labels, and one of images or, first of several, of texts.
+    A known task by its name, or what a labelled dataset is, read off its columns: one of class labels, and one of images or,
+    first of several, of texts.
 
     Args:
-        dataset_id: Id on the Hub or a folder; `id:config` names a configuration.
+        dataset_id: Name of a task, id on the Hub, or a folder; `id:config` names a configuration.
         data_root: Folder with datasets under their Hub ids.
 
     Raises:
         ValueError: If it has no such columns; write a `TaskSpec` for it.
     """
+    with suppress(ValueError):
+        return get_task(dataset_id)
     dataset_id, _, config = dataset_id.partition(":")
     local = Path(data_root or "") / dataset_id
     splits = load_dataset(str(local) if local.is_dir() else dataset_id, config or None)
@@ -202,5 +206,4 @@ def _remembered(encoder: TextEncoder | ImageEncoder, inputs: Tensor | list[str],
         temporary = file.with_suffix(".tmp")
         save_file({"features": encoder.embed(inputs).half()}, temporary)
         temporary.rename(file)
-    with safe_open(file, "pt") as opened:
-        return torch.nn.functional.normalize(opened.get_tensor("features").float(), dim=-1)
+    return F.normalize(load_file(file)["features"].float(), dim=-1)

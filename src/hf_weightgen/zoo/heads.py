@@ -96,15 +96,14 @@ def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, sta
         batch_size=min(config.batch_size, labels.shape[1]),
         generator=generator,
     )
+    truth = torch.arange(ways).repeat_interleave(config.tests)
+    scores = (predict_networks(target, trained, tests.flatten(1, 2)) == truth).double().mean(1).tolist()
     rows = []
     for k, (name, own) in enumerate(zip(chosen, classes, strict=True)):
-        head = unstack(trained, k)
-        said = predict_networks(target, {key: tensor[None] for key, tensor in head.items()}, tests[k].flatten(0, 1))[0]
-        truth = torch.arange(ways).repeat_interleave(config.tests)
         names = [sets[name].classes[c] for c in own.tolist()]
         rows.append(
             make_row(
-                head,
+                unstack(trained, k),
                 id=f"head-{start + k}",
                 task=name,
                 family=name,
@@ -115,7 +114,7 @@ def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, sta
                 checkpoint=0,
                 epoch=config.epochs,
                 arch={"name": "head", "input_shape": target.input_shape},
-                metrics={"validation": (said == truth).double().mean().item()},
+                metrics={"validation": scores[k]},
                 provenance={"hyper_parameters": asdict(config) | {"optimizer": "AdamW"}, "versions": versions()},
             )
         )

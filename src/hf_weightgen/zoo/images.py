@@ -38,6 +38,9 @@ class Images:
             self.pixels[rows], self.labels[rows], [k for k, kept in zip(self.keys, rows.tolist(), strict=True) if kept]
         )
 
+    def first(self, count: int) -> "Images":
+        return self.where(i < count for i in range(len(self)))
+
 
 @dataclass
 class ImageData:

@@ -256,7 +256,7 @@ def _rows(
     kept = [name for name in network if name in names or name in HEAD]
     arch = {"name": config.architecture, "activation": target.activation, "input_shape": target.input_shape}
     steps = config.burn_in + config.checkpoints * config.every
-    scored = {part: _first(getattr(data, part), config.score_images) for part in METRICS}
+    scored = {part: getattr(data, part).first(config.score_images) for part in METRICS}
 
     def row(
         id: str, weights: Mapping[str, Tensor], split: str, checkpoint: int | None, step: int, score: bool
@@ -294,10 +294,6 @@ def _rows(
                 split = "train" if number < config.checkpoints - config.held_out else "held_out"
                 weights = {name: state_dict[name].contiguous() for name in kept}
                 yield row(f"{number:04d}", weights, split, number, step, number % config.score_every == 0)
-
-
-def _first(images: Images, count: int) -> Images:
-    return images.where(i < count for i in range(len(images)))
 
 
 def _sha256(path: str | Path) -> str | None:
