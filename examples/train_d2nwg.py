@@ -35,7 +35,7 @@ from hf_weightgen.training.d2nwg import (
     reconstruct,
     scaled_latents,
 )
-from hf_weightgen.training.dataset_encoder import SHOTS, dataset_loss
+from hf_weightgen.training.dataset_encoder import SHOTS, JointDenoiser, dataset_loss
 from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
@@ -84,9 +84,9 @@ def parse_args():
     add("--pooling", choices=POOLINGS, default=POOLINGS[0], help="Of the dataset encoder; 'mlp' is D2NWG's ablation.")
     add(
         "--alignment",
-        choices=ALIGNMENTS,
+        choices=(*ALIGNMENTS, "joint"),
         default=ALIGNMENTS[0],
-        help="Of datasets with weights; 'soft' as in its code.",
+        help="Of datasets with weights; 'soft' as in its code; 'joint': none, the encoder learns with the denoiser (Figure 7).",
     )
     add("--max_train_steps", type=int, help="Steps of the denoiser.")
     add("--train_batch_size", type=int, default=64, help="Rows per step over all processes.")
@@ -195,9 +195,11 @@ def main():
                 pooling=args.pooling,
                 num_classes=source.features[0].shape[0],
                 num_examples=SHOTS,
-                alignment=args.alignment,
+                alignment=ALIGNMENTS[0] if args.alignment == "joint" else args.alignment,
             )
         )
+    joint = dataset_encoder is not None and args.alignment == "joint"
+    if dataset_encoder is not None and not joint:
         train(
             accelerator,
             dataset_encoder,
@@ -236,13 +238,20 @@ def main():
     latents, log_stds = scaled_latents(vae, zoo)
     denoiser = make_denoiser(args.denoiser)
     noise_scheduler, scheduler = make_schedulers(args.prediction_type)
-    train(
-        accelerator,
-        denoiser,
-        lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
-        loop(max_train_steps, ema_decay=args.ema_decay),
-        "denoiser",
-    )
+    settings = loop(max_train_steps, ema_decay=args.ema_decay)
+    if joint:
+        both, shown = JointDenoiser(denoiser, dataset_encoder), (source.features, zoo)
+        train(accelerator, both, lambda m, r: m(noise_scheduler, latents, log_stds, *shown, r), settings, "denoiser")
+        source.add_datasets(dataset_encoder.eval(), args.seed)
+        zoo = source.train
+    else:
+        train(
+            accelerator,
+            denoiser,
+            lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
+            settings,
+            "denoiser",
+        )
     # Stage 3: bundle, calibrate, rank, measure
     pipe = D2NWGPipeline(
         vae=vae.eval(),

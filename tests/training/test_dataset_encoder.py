@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.training.batches import StepRandom
-from hf_weightgen.training.dataset_encoder import DRAWS, dataset_loss, examples, with_datasets
+from hf_weightgen.training.d2nwg import make_schedulers
+from hf_weightgen.training.dataset_encoder import DRAWS, JointDenoiser, dataset_loss, examples, with_datasets
+from hf_weightgen.training.objectives import noised
 from tiny import random, zoo
 
 
@@ -100,3 +103,31 @@ def test_the_mlp_of_the_ablation_learns_too(rows, alignment):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_an_encoder_that_learns_with_the_denoiser_tells_it_whose_weights_to_make(rows, features):
+    torch.manual_seed(0)
+    size = rows.prompt_embeds[0].shape[1]
+    model = JointDenoiser(WeightDenoiser(1, 2, size, hidden_size=32, num_layers=1), encoder(rows))
+    noise_scheduler, _ = make_schedulers("v_prediction")
+    latents = (2.0 * rows.task_of - 1)[:, None, None, None].expand(-1, 1, 2, 2).contiguous()  # -1 and 1
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(300):
+        loss = model(noise_scheduler, latents, torch.full_like(latents, -6.0), features, rows, draws(step))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as several processes need it
+        optimizer.step()
+    model.eval()
+    tasks = torch.arange(TOTAL) % 2
+    shown = examples(features, tasks, 5, draws(999))
+    with torch.no_grad():
+        embeds, _ = model.encoder.encode(shown, rows.class_mask[tasks][..., None].expand(shown.shape[:3]))
+        clean = latents[[rows.task_of.tolist().index(t) for t in tasks.tolist()]]
+        noise = torch.randn(clean.shape, generator=random(1))
+        noisy, timesteps, target = noised(noise_scheduler, clean, noise, torch.full((TOTAL,), 0.9))
+        errors = [
+            F.mse_loss(model.denoiser(noisy, timesteps, class_labels=condition).sample, target)
+            for condition in (embeds, embeds.roll(1, 0))  # the other task's
+        ]
+    assert errors[0] < 0.3 * errors[1]

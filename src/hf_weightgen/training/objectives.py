@@ -66,7 +66,13 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def diffusion_loss(
-    denoiser: nn.Module, scheduler, latents: Tensor, log_std: Tensor, zoo: ZooTensors, random: StepRandom
+    denoiser: nn.Module,
+    scheduler,
+    latents: Tensor,
+    log_std: Tensor,
+    zoo: ZooTensors,
+    random: StepRandom,
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """
     Eq. 5 on a batch of posterior samples; `scheduler.config.prediction_type` decides what the denoiser predicts.
@@ -77,9 +83,10 @@ def diffusion_loss(
     Args:
         latents, log_std (`torch.FloatTensor` of shape `(R, channels, height, width)`): Posterior means in unit scale,
             and the logarithms of the posterior stds in the same scale.
+        conditions (`torch.FloatTensor` of shape `(b, E)`, *optional*): Of the rows that the step draws. Default: prompts.
     """
     rows = zoo.draw_rows(random)
-    prompts = zoo.prompts(zoo.task_of[rows], random, WIDE_PROMPT_NOISE)
+    prompts = zoo.prompts(zoo.task_of[rows], random, WIDE_PROMPT_NOISE) if conditions is None else conditions
     dropped = random.uniform(purpose=6) < PROMPT_DROPOUT
     prompts = prompts * (~dropped)[:, None]
     if zoo.start is not None:
