@@ -20,7 +20,7 @@ from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.few_shot import DRAWS, few_shot_rows, tune, with_names
 from hf_weightgen.evaluation.table import write_results
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
-from hf_weightgen.zoo.features import draw_task, embed_sets, spec_of
+from hf_weightgen.zoo.features import FeatureSet, draw_task, embed_sets, spec_of
 
 
 WAYS, QUERIES, TUNING = 5, 15, 60
@@ -29,43 +29,21 @@ IMAGES = ("mnist", "fashion_mnist", "svhn", "cifar10")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--generator", required=True, help="Folder or Hub id.")
-    parser.add_argument("--images", action="store_true")
-    parser.add_argument(
-        "--unseen", nargs="+", required=True, help="Known tasks, or datasets: ID, ID:CONFIG or a folder."
-    )
-    parser.add_argument("--tuning", nargs="+", help="Training sets on which the baselines are tuned.")
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--tasks", type=int, default=600)
     parser.add_argument("--draws", type=int, default=DRAWS, help="Heads of a task.")
-    parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
-    parser.add_argument("--data_root", help="Folder with datasets under their Hub ids.")
-    parser.add_argument("--cache", default="runs/features", help="Folder for encoded sets.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    pipe = WeightGenPipeline.from_pretrained(args.generator)
-    pipe.set_progress_bar_config(disable=True)
-    if args.images:
-        pipe.image_encoder = load_image_encoder(args.image_encoder)
-    encoder = pipe.image_encoder if args.images else pipe.encoder
-    tuning = args.tuning or (IMAGES if args.images else TEXTS)
-    known = embed_sets([spec_of(n, args.data_root) for n in tuning], encoder, args.data_root, args.cache)
-    unseen = embed_sets(
-        [spec_of(n, args.data_root) for n in args.unseen], encoder, args.data_root, args.cache, split="test"
-    )
-    mean = torch.stack([one.features.sum((0, 1)) / one.counts.sum() for one in known.values()]).mean(0)
-    names = (
-        {} if args.images else {c: e for one in [*known.values(), *unseen.values()] for c, e in _names(one, encoder)}
-    )
+    pipe = load(args.generator, args)
+    known = read_sets(pipe, args, args.tuning, "train")
+    unseen = read_sets(pipe, args, args.unseen, "test")
+    mean = mean_feature(known)
+    names = {} if args.images else name_embeds(pipe, [*known.values(), *unseen.values()])
     generators = {"generated": partial(heads, pipe, args.seed)}
     if names:
-        nameless = WeightGenPipeline.from_pretrained(args.generator)
-        nameless.set_progress_bar_config(disable=True)
-        nameless.dataset_encoder.config.reads_names = False
-        generators["generated_without_names"] = partial(heads, nameless, args.seed)
+        generators["generated_without_names"] = partial(heads, load(args.generator, args, names=False), args.seed)
     rows = []
     for shots in args.shots:
         seen = draw(known, shots, TUNING // len(known) + 1, args.seed + 1)
@@ -80,6 +58,48 @@ def main():
             rows += few_shot_rows(name, tasks, fitted, generators, args.seed, args.draws)
             print(summary(rows, name, shots), f"{time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
             write_results(args.out, "D2NWG, Table 1", f"python {' '.join(sys.argv)}", args.seed, rows)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", action="store_true")
+    parser.add_argument(
+        "--unseen", nargs="+", required=True, help="Known tasks, or datasets: ID, ID:CONFIG or a folder."
+    )
+    parser.add_argument("--tuning", nargs="+", help="Training sets on which the baselines are tuned.")
+    parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
+    parser.add_argument("--data_root", help="Folder with datasets under their Hub ids.")
+    parser.add_argument("--cache", default="runs/features", help="Folder for encoded sets.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def load(generator: str | Path, args, names: bool = True) -> WeightGenPipeline:
+    """A generator; without `names` one that does not read what classes are called."""
+    pipe = WeightGenPipeline.from_pretrained(generator)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.dataset_encoder.config.reads_names &= names
+    if args.images:
+        pipe.image_encoder = load_image_encoder(args.image_encoder)
+    return pipe
+
+
+def read_sets(pipe, args, datasets: list[str] | None, split: str) -> dict[str, FeatureSet]:
+    """A split of some datasets, or of the default training sets, as the generator's frozen encoder sees them."""
+    specs = [spec_of(name, args.data_root) for name in datasets or (IMAGES if args.images else TEXTS)]
+    encoder = pipe.image_encoder if args.images else pipe.encoder
+    return embed_sets(specs, encoder, args.data_root, args.cache, split=split)
+
+
+def mean_feature(sets: dict[str, FeatureSet]) -> torch.Tensor:
+    return torch.stack([one.features.sum((0, 1)) / one.counts.sum() for one in sets.values()]).mean(0)
+
+
+def name_embeds(pipe, sets: list[FeatureSet]) -> dict[str, torch.Tensor]:
+    """What the generator's text encoder makes of the class names."""
+    names = list(dict.fromkeys(name for one in sets for name in one.classes))
+    return dict(zip(names, pipe.encoder.embed([name.replace("_", " ") for name in names]), strict=True))
 
 
 def draw(sets, shots: int, count: int, seed: int) -> list:
@@ -111,10 +131,6 @@ def summary(rows: list[dict], name: str, shots: int) -> str:
                 said[i] = f"{worst['mean']:+.2f} [{worst['ci95'][0]:+.2f}, {worst['ci95'][1]:+.2f}]"
         lines.append(f"| {row['method']} | {row['mean']:.2f} | {said[0]} | {said[1]} |")
     return "\n".join(lines)
-
-
-def _names(one, encoder) -> list[tuple]:
-    return list(zip(one.classes, encoder.embed([name.replace("_", " ") for name in one.classes]), strict=True))
 
 
 if __name__ == "__main__":

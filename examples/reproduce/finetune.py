@@ -7,10 +7,9 @@ curves. The paper fine-tunes on all images; `--images` takes fewer.
 """
 
 import sys
-from pathlib import Path
 
 import torch
-from plots import pyplot
+from curves import curve_rows, curve_table, plot_curves
 from tiny_zoo import load, make_parser, samples
 
 from hf_weightgen.evaluation.baselines import average
@@ -38,14 +37,10 @@ def main():
         made = samples(pipe, data, spec, [], "generated", args.n, args.seed)
         starts = starting_points(made, list(zoo_state_dicts(zoo, members)), config, spec.name)
         curves = finetune(config, starts, data[spec.name], args)
-        for method, scores in curves.items():
-            for epoch, values in scores.items():
-                row = {"task": spec.name, "method": method, "metric": "accuracy", "epoch": epoch}
-                spread = values.std(correction=min(1, len(values) - 1)).item()
-                rows.append(row | {"mean": values.mean().item(), "std": spread, "n": len(values)})
-        print(summary(spec.name, curves), flush=True)
+        rows += curve_rows(spec.name, curves)
+        print(curve_table(spec.name, curves, EPOCHS), flush=True)
         write_results(args.out, "D2NWG, Table 4", f"python {' '.join(sys.argv)}", args.seed, rows)
-    plot(rows, args.out.with_suffix(".png"))
+    plot_curves(rows, args.out.with_suffix(".png"))
 
 
 def starting_points(made, members, config, task: str) -> dict[str, list[dict]]:
@@ -89,33 +84,6 @@ def finetune(config, starts, data, args) -> dict[str, dict[int, torch.Tensor]]:
 
 def accuracy(config, params, inputs, labels) -> torch.Tensor:
     return 100 * (predict_networks(config, params, inputs) == labels).double().mean(1)
-
-
-def summary(task: str, curves) -> str:
-    lines = [
-        f"| {task} | " + " | ".join(f"epoch {epoch}" for epoch in EPOCHS) + " |",
-        "|---" * (len(EPOCHS) + 1) + "|",
-    ]
-    for method, scores in curves.items():
-        cells = [f"{values.mean():.1f} ± {values.std(correction=0):.1f}" for values in scores.values()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    plt = pyplot()
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-            axis.errorbar(
-                [row["epoch"] for row in own], [row["mean"] for row in own], [row["std"] for row in own], label=method
-            )
-        axis.set(title=task, xlabel="epochs", ylabel="accuracy", xscale="symlog")
-    axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
