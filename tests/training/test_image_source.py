@@ -1,12 +1,17 @@
 """A zoo of networks on images as a source: what it tells of each task, and that its parts train together."""
 
+import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.training.batches import StepRandom
@@ -150,3 +155,17 @@ def fit(model: torch.nn.Module, loss_at, steps: int) -> list[float]:
         losses.append(loss.item())
     part = steps // 5
     return [sum(losses[:part]) / part, sum(losses[-part:]) / part]
+
+
+@pytest.mark.slow
+def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, monkeypatch):
+    script, steps = Path(__file__).parents[2] / "examples" / "train_d2nwg.py", ("vae", "task", "max_train")
+    arguments = [part for name in steps for part in (f"--{name}_steps", "2")]
+    arguments += ["--zoo", zoo, "--image_encoder", image_encoder(tmp_path), "--alignment", "joint", "--skip_gate"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in (script, *arguments, "--output_dir", tmp_path / "run")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert not (tmp_path / "run" / "dataset-encoder").exists()
+    pipe = WeightGenPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.dataset_encoder is not None and set(
+        json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]
+    ) == set(TASKS)
