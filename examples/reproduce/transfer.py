@@ -56,7 +56,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--generator", required=True, help="Folder or Hub id.")
     parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo that it was trained on.")
-    parser.add_argument("--shots", nargs="+", type=int, default=[1, 5], help="Examples of a class for a head.")
+    parser.add_argument("--shots", nargs="+", type=int, default=[5], help="Examples of a class for a head.")
     parser.add_argument("--draws", type=int, default=3, help="Of these examples.")
     parser.add_argument("--epochs", nargs="+", type=int, default=EPOCHS)
     args = parser.parse_args()

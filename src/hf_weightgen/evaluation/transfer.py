@@ -25,7 +25,7 @@ from .few_shot import score_head
 
 
 EPOCHS = (0, 1, 5, 25, 50)
-LEARNING_RATES, SCALES = (1e-3, 5e-3, 2.5e-2), (1.0, 8.0)
+LEARNING_RATES, SCALES = (5e-3, 2.5e-2, 1e-1), (1.0, 8.0)
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 Head = Mapping[str, Tensor]  # `head.weight` (C, F) and `head.bias` (C,)
 
