@@ -60,13 +60,17 @@ def main():
     def loop(steps: int, **settings) -> LoopConfig:
         return LoopConfig(args.out.parent, steps, seed=args.seed, **settings)
 
-    def fit_vae(function_loss) -> WeightVAE:
+    def fit_vae(functions: bool) -> WeightVAE:
         torch.manual_seed(args.seed)
         sizes = {"token_size": source.tokenizer.token_size, "num_body_tokens": source.tokenizer.num_all_body_tokens}
         vae = WeightVAE(WeightVAEConfig(**sizes, **source.vae_settings))
         source.initialise(vae)
-        steps = loop(args.vae_steps or source.vae_steps)
-        train(accelerator, vae, lambda m, r: vae_loss(m, zoo, r, function_loss), steps, "vae")
+        steps, own = loop(args.vae_steps or source.vae_steps), source.function_loss if functions else None
+        train(accelerator, vae, lambda m, r: vae_loss(m, zoo, r, own), steps, "vae")
+        if functions and source.task_loss is not None:
+            steps = loop(source.task_steps, train_batch_size=16, learning_rate=source.task_learning_rate)
+            task_loss = source.task_loss, source.task_reconstruction
+            train(accelerator, vae, lambda m, r: vae_loss(m, zoo, r, *task_loss), steps, "vae-task")
         fit_latent_scale(vae, *encode(vae, zoo))
         return vae.eval()
 
@@ -102,11 +106,8 @@ def main():
 
     for task in zoo.tasks:
         add("zoo", task, source.members(task))
-    for method, function_loss in {
-        "latent": source.function_loss or source.task_loss,
-        "latent_of_weights": None,
-    }.items():
-        vae = fit_vae(function_loss)
+    for method, functions in {"latent": True, "latent_of_weights": False}.items():
+        vae = fit_vae(functions)
         found = sampled(*scaled_latents(vae, zoo), WIDTH)
         with torch.no_grad():
             measure(method, {task: decoded(vae, zoo, task, made) for task, made in found.items()})
