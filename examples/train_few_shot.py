@@ -155,9 +155,11 @@ def main():
         return
 
     # Stage 3: bundle
-    of_sets = [draws.of_dataset[torch.tensor([zoo["task"][i] == name for i in rows])] for name in sets]
+    task_of = [zoo["task"][i] for i in rows]
+    seen = [name for name in sets if name in task_of]  # a small zoo may have no head of some set
+    of_sets = [draws.of_dataset[torch.tensor([task == name for task in task_of])] for name in seen]
     known, _ = known_tasks(
-        [{"name": name, "family": name, "labels": list(dict.fromkeys(one.classes))} for name, one in sets.items()],
+        [{"name": name, "family": name, "labels": list(dict.fromkeys(sets[name].classes))} for name in seen],
         [[F.normalize(embeds, dim=-1)] for embeds in of_sets],
     )
     pipe = D2NWGPipeline(

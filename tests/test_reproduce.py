@@ -47,7 +47,7 @@ def data(tmp_path_factory) -> Path:
 def test_heads_are_trained_transferred_and_compared_by_the_size_of_their_zoo(run, data, tmp_path):
     pytest.importorskip("matplotlib")
     sets = ["--image_encoder", pictures.image_encoder(tmp_path), "--cache", tmp_path / "cache"]
-    known, runs = [data / "first", data / "second"], [tmp_path / "8", tmp_path / "16"]
+    known, runs = [data / "first", data / "second"], [tmp_path / "2", tmp_path / "16"]
     for folder in runs:
         steps = ["--heads", folder.name, "--steps", 2, "--denoiser_steps", 2]
         run("train_few_shot.py", "--images", "--sets", *known, *sets, *steps, "--output_dir", folder)
@@ -62,10 +62,15 @@ def test_heads_are_trained_transferred_and_compared_by_the_size_of_their_zoo(run
     assert {(row["ways"], row["shots"]) for row in rows} == {(3, 2)} and out.with_suffix(".png").is_file()
     assert "ridge_all_examples" in {row["method"] for row in rows}
 
+    out = tmp_path / "few_shot.json"
+    run("reproduce/few_shot.py", *sets, *generator[:2], "--shots", 2, "--tasks", 2, "--draws", 4, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert {"ridge", "generated", "generated_top_3_by_queries"} <= {row["method"] for row in rows}
+
     out = tmp_path / "size.json"
     run("reproduce/zoo_size.py", *sets, "--runs", *runs, "--shots", 2, "--tasks", 3, "--draws", 4, "--out", out)
     rows = json.loads(out.read_text())["rows"]
-    assert {(row["heads"], row["sets"], row["n"]) for row in rows} == {(8, 2, 3), (16, 2, 3)}
+    assert {(row["heads"], row["sets"], row["n"]) for row in rows} == {(2, 2, 3), (16, 2, 3)}
     assert out.with_suffix(".png").is_file()
 
 

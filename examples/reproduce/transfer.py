@@ -6,11 +6,11 @@
         --unseen banking77 --out transfer.json
 
 The generator is shown `--shots` examples of every class. Then each start is fine-tuned on all training examples, at most 100 of
-a class and as many of each; accuracies are of as many test examples of each class too. Replaced: CIFAR-10, STL-10, Aircraft, Pets
-and CIFAR-100, and ten datasets of Kaggle, by sets that neither generator nor frozen encoder has seen the classes of; a linear
-head on MobileNet or MiniLM instead of one on ResNet-18 or Swin and of a two-layer MLP on CLIP. An average of the zoo's heads says
-nothing about other classes; `lookup` takes, for each class, the zoo's row that points nearest to it. Rows of all examples are what
-a user may fit at once in the place of fine-tuning. A plot stands beside the table.
+a class and as many of each; accuracies are of as many test examples of each class too; classes with fewer than 20 are left out.
+Replaced: CIFAR-10, STL-10, Aircraft, Pets and CIFAR-100, and ten datasets of Kaggle, by sets that neither generator nor frozen
+encoder has seen the classes of; a head of ResNet-18 or Swin, and a two-layer MLP on CLIP, by a linear head on MobileNet or MiniLM.
+An average of the zoo's heads says nothing about other classes: `lookup` takes, for each class, the zoo's row that points nearest to
+it. Rows of all examples are what a user may fit at once in the place of fine-tuning. A plot stands beside the table.
 """
 
 import sys

@@ -161,11 +161,23 @@ def fit(model: torch.nn.Module, loss_at, steps: int) -> list[float]:
 def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, monkeypatch):
     config = NetworkZooConfig(architecture="small", seeds=4, held_out=1, keep=2, group=4)
     one = build_network_zoo([tasks.IMAGE_TASKS["grey"]], tmp_path / "zoo", config, progress=False)
-    script, steps = Path(__file__).parents[2] / "examples" / "train_d2nwg.py", ("vae", "task", "max_train")
-    arguments = [part for name in steps for part in (f"--{name}_steps", "2")]
-    arguments += ["--zoo", one.path, "--image_encoder", image_encoder(tmp_path), "--alignment", "joint", "--skip_gate"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in (script, *arguments, "--output_dir", tmp_path / "run")])
-    runpy.run_path(str(script), run_name="__main__")
+    examples = Path(__file__).parents[2] / "examples"
+    both = ["--zoo", one.path, "--image_encoder", image_encoder(tmp_path)]
+
+    def run(script: str, *arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, both), *map(str, arguments)])
+        runpy.run_path(str(examples / script), run_name="__main__")
+
+    steps = [part for name in ("vae", "task", "max_train") for part in (f"--{name}_steps", 2)]
+    run("train_d2nwg.py", *steps, "--alignment", "joint", "--skip_gate", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run" / "dataset-encoder").exists()
     assert WeightGenPipeline.from_pretrained(tmp_path / "run" / "pipeline").dataset_encoder is not None
     assert list(json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]) == ["grey"]
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(examples / "reproduce")
+    out, small = tmp_path / "curves.json", ("--n", 2, "--images", 16)
+    run("reproduce/finetune.py", "--generator", tmp_path / "run" / "pipeline", *small, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["epoch"] for row in rows if row["method"] == "generated"} == {0, 1, 5, 25, 50}
+    assert out.with_suffix(".png").is_file()
