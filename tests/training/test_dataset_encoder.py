@@ -130,4 +130,4 @@ def test_an_encoder_that_learns_with_the_denoiser_tells_it_whose_weights_to_make
             F.mse_loss(model.denoiser(noisy, timesteps, class_labels=condition).sample, target)
             for condition in (embeds, embeds.roll(1, 0))  # the other task's
         ]
-    assert errors[0] < 0.3 * errors[1]
+    assert errors[0] < 0.5 * errors[1]
