@@ -270,7 +270,7 @@ def main():
     pipe._encoder = encoder
     pipe.set_progress_bar_config(disable=True)
     generated = [sample_tokens(pipe, source, task, 16, args.seed) for task in zoo.prompted_tasks]
-    noise = calibrate_noise(vae, zoo, generated, source.runs)
+    noise = None if vae.config.learns_noise else calibrate_noise(vae, zoo, generated, source.runs)
     if args.predictor_steps:
         rows = [ScoredRows.of_zoo(zoo, source.accuracies), *sampled_rows(pipe, source, args)]
         predictor = train_predictor(ScoredRows.joined(rows), "predictor")

@@ -6,21 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+from hf_weightgen.models.modeling_weight_vae import SHARE_WEIGHT, WeightVAE, WeightVAEConfig
 from tiny import random, randomised
 
 
 B, T, C, S, E = 3, 4, 3, 6, 5
 
 
-@pytest.fixture
-def vae():
+def make_vae(**settings) -> WeightVAE:
     torch.manual_seed(0)
     config = WeightVAEConfig(
         token_size=S, num_body_tokens=T, embedding_size=E, latent_shape=[1, 2, 2], token_width=3, hidden_size=16,
-        match_size=4,
+        match_size=4, **settings,
     )  # fmt: skip
     return randomised(WeightVAE(config)).eval()
+
+
+@pytest.fixture
+def vae():
+    return make_vae()
 
 
 @pytest.fixture
@@ -156,6 +160,45 @@ def test_samples_are_the_mean_plus_noise_of_the_calibrated_size(vae, batch):
     vae.config.noise_scale = 0.5
     added = vae.sample_tokens(latents, names, True, unit) - mean
     torch.testing.assert_close(added[0, :, 0], torch.tensor([0, 0.5, 1, 1.5, 5, 5, 5]))
+
+
+def test_learned_noise_is_what_samples_differ_by_and_its_loss_is_the_divergence_from_the_zoo(batch):
+    vae, names, unit = make_vae(learns_noise=True), batch["class_embeds"], torch.ones(B, T + C, S)
+    stds = 0.1 + torch.rand(B, T + C, S)
+    plain, output = vae(**batch), vae(**batch, zoo_stds=stds)
+    assert plain.noise_loss is None and torch.equal(plain.token_stds, output.token_stds)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(0.0, output.token_stds), normal(0.0, stds))
+    total = 0.0
+    for own, mask in zip(divergence, batch["padding_mask"], strict=True):
+        total += own[:T][mask[:T]].mean() + own[T:][mask[T:]].mean()
+    torch.testing.assert_close(output.noise_loss, total / B)
+    share, mask = 0.0, batch["padding_mask"]
+    for own, zoo, real in zip(output.token_stds, stds, mask, strict=True):
+        reached = torch.minimum(own, zoo)[real].square().sum().sqrt() / zoo[real].square().sum().sqrt()
+        share += max(0.0, vae.config.noise_share - reached.item()) ** 2 / B
+    torch.testing.assert_close(output.share_loss.item(), share)
+    added = vae.config.noise_weight * output.noise_loss + SHARE_WEIGHT * output.share_loss
+    torch.testing.assert_close(output.loss, plain.loss + added)
+    with torch.no_grad():
+        latents = vae.scale(output.latents)
+        added = vae.sample_tokens(latents, names, True, unit) - vae.decode(output.latents, names)
+        assert (added > 0).all()
+        vae.config.noise_scale = 0.5
+        half = vae.sample_tokens(latents, names, True, unit) - vae.decode(output.latents, names)
+        torch.testing.assert_close(half, added / 2)
+
+
+def test_learned_noise_becomes_the_zoo_s(batch):
+    vae = WeightVAE(make_vae(learns_noise=True).config)
+    optimizer, stds = torch.optim.Adam(vae.parameters(), lr=3e-2), torch.full((B, T + C, S), 0.25)
+    for _ in range(200):
+        optimizer.zero_grad()
+        output = vae(**batch, zoo_stds=stds)
+        output.noise_loss.backward()
+        optimizer.step()
+    real = batch["padding_mask"]
+    torch.testing.assert_close(output.token_stds[real], stds[real], rtol=0.05, atol=0)
 
 
 @torch.no_grad()

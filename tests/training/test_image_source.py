@@ -119,9 +119,8 @@ def test_the_loss_of_networks_reaches_the_tokens_of_their_own_layout(source):
 def test_all_stages_train_on_it(source):
     train, source = source.train, replace(source)  # which `add_datasets` changes
     settings = {"token_size": source.tokenizer.token_size, "num_body_tokens": source.tokenizer.num_all_body_tokens}
-    vae = WeightVAE(
-        WeightVAEConfig(**settings, **source.vae_settings, latent_shape=[1, 2, 2], token_width=4, hidden_size=32)
-    )
+    small = {"latent_shape": [1, 2, 2], "token_width": 4, "hidden_size": 32}
+    vae = WeightVAE(WeightVAEConfig(**settings, **source.vae_settings | small))
     source.initialise(vae)
     losses = fit(vae, lambda step: vae_loss(vae, train, draws(step)), 60)
     assert losses[-1] < 0.9 * losses[0]

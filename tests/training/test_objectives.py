@@ -17,6 +17,10 @@ from tiny import denoiser, vae, zoo
 TOTAL = 12
 
 
+def replace_config(config, **changes):
+    return type(config)(**config.to_dict() | changes)
+
+
 def draws(step: int = 0, rows: slice = slice(None)) -> StepRandom:
     return StepRandom(0, step, TOTAL, rows)
 
@@ -44,6 +48,25 @@ def test_the_vae_loss_of_a_batch_is_the_mean_over_its_shares(tiny_zoo):
     whole = vae_loss(model, tiny_zoo, draws())
     shares = [vae_loss(model, tiny_zoo, draws(rows=slice(i, i + 4))) for i in (0, 4, 8)]
     torch.testing.assert_close(torch.stack(shares).mean(), whole)
+
+
+def test_function_losses_see_samples_of_learned_noise(tiny_zoo):
+    """The noise grows to its whole size, on real classes in their order."""
+    plain = vae(tiny_zoo)
+    model = type(plain)(replace_config(plain.config, learns_noise=True))
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and not unexpected
+
+    def seen(model: nn.Module, step: int) -> torch.Tensor:
+        found = []
+        loss = vae_loss(model, tiny_zoo, draws(step), lambda tokens, *_: found.append(tokens) or tokens.sum())
+        assert torch.isfinite(loss)
+        return found[0].detach()
+
+    noise = [seen(model, step) - seen(plain, step) for step in (0, objectives.NOISE_RAMP // 2, objectives.NOISE_RAMP)]
+    assert not noise[0].any()
+    assert 0.4 < noise[1].std() / noise[2].std() < 0.6
+    assert 0.9 < noise[2].std() < 1.1  # its size at first, before anything is learned
 
 
 def test_the_diffusion_loss_of_a_batch_is_the_mean_over_its_shares(tiny_zoo, latents):

@@ -2,8 +2,9 @@
 
 References: D2NWG (https://huggingface.co/papers/2402.18153), section 3.2 and eq. 1 for the VAE over vectorised layers;
 "uniform blocks" with a linear map of their own in T2W. Ours beyond the paper: class tokens that are decoded from class
-names, so that one generator serves any number of classes; the compatibility of a prompt with class names; and a
-calibrated observation noise p(w|z), without which samples are closer to the zoo's averages than its members are.
+names, so that one generator serves any number of classes; the compatibility of a prompt with class names; and
+observation noise p(w|z), without which samples are closer to the zoo's averages than its members are: calibrated afterwards, or
+learned, wide where weights do not matter to what a network does.
 
 Notation used for shapes and units:
     - B: checkpoints in the batch
@@ -26,6 +27,9 @@ from transformers.utils import ModelOutput
 
 
 FOREIGN_NAMES = 4  # per checkpoint and step
+LOG_STDS = (-6.0, 2.0)  # of learned noise, in token units
+SMALLEST_STD = 1e-3  # that a zoo's spread counts as
+SHARE_WEIGHT = 30.0  # of the square of what is missing of the share
 ALIKE = 0.6  # cosine from which a class name counts as one of the adapter's own
 
 
@@ -42,7 +46,11 @@ class WeightVAEConfig(PreTrainedConfig):
         match_size: Width in which prompts and class names are compared.
         kl_weight: Beta of eq. 1, per latent dimension and token scalar.
         foreign_weight: Weight of the loss on class names that are not the adapter's own.
-        noise_scale: Multiplies the calibrated observation noise when weights are generated; 1 reproduces the zoo's spread.
+        learns_noise: The decoder also tells the std of each scalar given the latent, in the place of calibrated ones per token.
+        noise_weight: With `learns_noise`, weight of the divergence of this noise from the spread that the zoo has within a task.
+        noise_share: With `learns_noise`, how much of that spread it has at least: noise goes where weights matter least.
+        noise_scale: Multiplies the observation noise when weights are generated; 1 reproduces the zoo's spread, or what the
+            decoder has learned.
         match_threshold: Prompt and class names whose compatibility is lower get class tokens without information.
     """
 
@@ -57,6 +65,9 @@ class WeightVAEConfig(PreTrainedConfig):
     match_size: int = 64
     kl_weight: float = 1e-4
     foreign_weight: float = 0.2
+    learns_noise: bool = False
+    noise_weight: float = 0.02
+    noise_share: float = 0.55
     noise_scale: float = 1.0
     match_threshold: float = 0.1
 
@@ -70,7 +81,10 @@ class WeightVAEOutput(ModelOutput):
         kl_loss: KL divergence to the unit Gaussian, per latent dimension.
         match_loss: Binary cross-entropy of the compatibility of prompts with class names.
         foreign_loss: Mean square of what the adapter adds to the rows of class names that are not its own.
+        noise_loss: KL divergence of the learned noise from the zoo's spread, per scalar.
+        share_loss: Mean square of what the noise lacks of its share of the zoo's spread.
         weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): The reconstruction.
+        token_stds (`torch.FloatTensor` of shape `(B, T + C, S)`): Of the learned noise.
         latents (`torch.FloatTensor` of shape `(B, Z)`): Means of the posterior.
     """
 
@@ -79,7 +93,10 @@ class WeightVAEOutput(ModelOutput):
     kl_loss: Tensor | None = None
     match_loss: Tensor | None = None
     foreign_loss: Tensor | None = None
+    noise_loss: Tensor | None = None
+    share_loss: Tensor | None = None
     weight_tokens: Tensor | None = None
+    token_stds: Tensor | None = None
     latents: Tensor | None = None
 
 
@@ -121,6 +138,10 @@ class WeightVAE(PreTrainedModel):
         if T:
             self.body_in = nn.Linear(T * d, H)
             self.body_out = nn.Linear(H, T * d)
+        if config.learns_noise:
+            self.noise_out = nn.Parameter(torch.empty(T, d, S))
+            self.noise_bias = nn.Parameter(torch.empty(T, S))
+            self.class_noise_out = nn.Linear(H, S)
         self.class_in = nn.Linear(S + E, H)
         self.class_set = nn.Linear(H, H)
         self.to_latent = nn.Sequential(ResidualMLP(H), nn.LayerNorm(H), nn.Linear(H, 2 * Z))
@@ -146,6 +167,11 @@ class WeightVAE(PreTrainedModel):
             init.normal_(self.token_in, std=self.config.token_size**-0.5)
             init.normal_(self.token_out, std=self.config.token_width**-0.5)
             init.zeros_(self.token_bias)
+            if self.config.learns_noise:  # at first the same for all latents
+                init.zeros_(self.noise_out)
+                init.zeros_(self.noise_bias)
+                init.zeros_(self.class_noise_out.weight)
+                init.zeros_(self.class_noise_out.bias)
             init.constant_(self.match_out.weight, 5.0)
             for buffer in (self.latent_mean, self.body_noise, self.class_noise):
                 init.zeros_(buffer)
@@ -182,15 +208,21 @@ class WeightVAE(PreTrainedModel):
             `torch.FloatTensor` of shape `(B, T + C, S)`: mean of p(w|z). Class tokens count up to a shift that all
             classes share, since the softmax over classes does not see it.
         """
-        return self._decode(self.from_latent(latents), class_embeds)
+        return self._decode(self.from_latent(latents), class_embeds)[0]
 
-    def _decode(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:
-        rows = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds)
-        if not self.config.num_body_tokens:
-            return rows
-        narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
-        body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
-        return torch.cat([body, rows], 1)
+    def _decode(self, hidden: Tensor, class_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and with `learns_noise` the stds of their noise."""
+        tokens, log_stds = self.name_projection(class_embeds) + self._specific_rows(hidden, class_embeds), None
+        if self.config.learns_noise:
+            log_stds = self.class_noise_out(hidden)[:, None].expand_as(tokens)
+        if self.config.num_body_tokens:
+            narrow = self.body_out(hidden).unflatten(-1, (self.config.num_body_tokens, -1))  # (B, T, d)
+            body = torch.einsum("btd,tds->bts", narrow, self.token_out) + self.token_bias
+            tokens = torch.cat([body, tokens], 1)
+            if log_stds is not None:
+                body = torch.einsum("btd,tds->bts", narrow, self.noise_out) + self.noise_bias
+                log_stds = torch.cat([body, log_stds], 1)
+        return tokens, None if log_stds is None else log_stds.clamp(*LOG_STDS).exp()
 
     def _specific_rows(self, hidden: Tensor, class_embeds: Tensor) -> Tensor:
         """What an adapter adds to the rows that class names have in all adapters: `(B, C, S)`."""
@@ -216,11 +248,12 @@ class WeightVAE(PreTrainedModel):
             noise (`torch.FloatTensor` of shape `(B, T + C, S)`): Unit Gaussian.
         """
         T = self.config.num_body_tokens
-        tokens = self.decode(self.unscale(latents), class_embeds)
+        tokens, stds = self._decode(self.from_latent(self.unscale(latents)), class_embeds)
         if not matches:
             tokens = torch.cat([tokens[:, :T], torch.zeros_like(tokens[:, T:])], 1)
-        std = torch.cat([self.body_noise, self.class_noise.expand(tokens.shape[1] - T)])  # (T + C,)
-        return tokens + self.config.noise_scale * std[:, None] * noise
+        if stds is None:
+            stds = torch.cat([self.body_noise, self.class_noise.expand(tokens.shape[1] - T)])[:, None]  # (T + C, 1)
+        return tokens + self.config.noise_scale * stds * noise
 
     def scale(self, latents: Tensor) -> Tensor:
         return (latents - self.latent_mean) / self.latent_std
@@ -238,6 +271,7 @@ class WeightVAE(PreTrainedModel):
         prompt_embeds: Tensor | None = None,
         other_embeds: Tensor | None = None,
         other_mask: Tensor | None = None,
+        zoo_stds: Tensor | None = None,
     ) -> WeightVAEOutput:
         """
         Args:
@@ -246,21 +280,32 @@ class WeightVAE(PreTrainedModel):
             prompt_embeds (`torch.FloatTensor` of shape `(B, E)`, *optional*): A prompt of each checkpoint's task.
             other_embeds, other_mask (*optional*): Class names of another family per checkpoint, as `class_embeds`. With
                 them the decoder learns that an adapter knows of foreign names no more than the names say themselves.
+            zoo_stds (`torch.FloatTensor` of shape `(B, T + C, S)`, *optional*): Of the zoo's rows of each checkpoint's task, for
+                `learns_noise`.
         """
-        mean, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
-        latents = mean + (0.5 * log_variance).exp() * noise
+        means, log_variance = self.encode(weight_tokens, class_embeds, class_mask)
+        latents = means + (0.5 * log_variance).exp() * noise
         hidden = self.from_latent(latents)
-        reconstruction = self._decode(hidden, class_embeds)
+        reconstruction, stds = self._decode(hidden, class_embeds)
         T, mask = self.config.num_body_tokens, padding_mask.to(weight_tokens.dtype)
         error = reconstruction - weight_tokens
         error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
-        # a mean over scalars per checkpoint, then over checkpoints: equal shares of a batch have equal weight
-        body, rows = (
-            (error[:, part].sum((1, 2)) / mask[:, part].sum((1, 2)).clamp(min=1)).mean()
-            for part in (slice(T), slice(T, None))
-        )
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss, match_loss, foreign_loss = body + rows + self.config.kl_weight * kl, None, None
+
+        def mean(values: Tensor) -> Tensor:
+            """Over scalars per checkpoint, of body tokens plus of classes; then over checkpoints: equal shares of a batch count alike."""
+            parts = [(values[:, part], mask[:, part]) for part in (slice(T), slice(T, None))]
+            return sum((v.sum((1, 2)) / m.sum((1, 2)).clamp(min=1)).mean() for v, m in parts)
+
+        reconstruction_loss = mean(error)
+        kl = 0.5 * (means.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss, match_loss, foreign_loss = reconstruction_loss + self.config.kl_weight * kl, None, None
+        noise_loss = share_loss = None
+        if stds is not None and zoo_stds is not None:
+            ratio, whole = stds / zoo_stds.clamp(min=SMALLEST_STD), (zoo_stds * mask).flatten(1).norm(dim=1)
+            noise_loss = mean((0.5 * (ratio.square() - 1) - ratio.log()) * mask)
+            share = (torch.minimum(stds, zoo_stds) * mask).flatten(1).norm(dim=1) / whole.clamp(min=SMALLEST_STD)
+            share_loss = (self.config.noise_share - share).clamp(min=0).square().mean()
+            loss = loss + self.config.noise_weight * noise_loss + SHARE_WEIGHT * share_loss
         if prompt_embeds is not None:
             fits = self.match(prompt_embeds, class_embeds, class_mask)
             foreign = self.match(prompt_embeds, other_embeds, other_mask)
@@ -271,4 +316,15 @@ class WeightVAE(PreTrainedModel):
             specific = self._specific_rows(hidden, few).square().mean(-1)
             foreign_loss = ((specific * real).sum(1) / real.sum(1).clamp(min=1)).mean()
             loss = loss + 0.1 * match_loss + self.config.foreign_weight * foreign_loss
-        return WeightVAEOutput(loss, body + rows, kl, match_loss, foreign_loss, reconstruction, mean)
+        return WeightVAEOutput(
+            loss,
+            reconstruction_loss,
+            kl,
+            match_loss,
+            foreign_loss,
+            noise_loss,
+            share_loss,
+            reconstruction,
+            stds,
+            means,
+        )

@@ -129,6 +129,11 @@ class ZooTensors:
         return [torch.nonzero(self.task_of == task).flatten() for task in range(len(self.tasks))]
 
     @cached_property
+    def stds(self) -> Tensor:
+        """`(tasks, T + C, S)`: the spread of the rows of each task."""
+        return torch.stack([self.weight_tokens[rows].std(0, correction=0) for rows in self._rows_of])
+
+    @cached_property
     def _bounds(self) -> Tensor:
         """Upper bounds of each task's share of [0, 1)."""
         odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()

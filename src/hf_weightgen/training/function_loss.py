@@ -55,14 +55,9 @@ class NetworkLoss:
     """
     Cross-entropy of decoded networks on training images of their tasks, a mean over networks and images.
 
-    The decoded weights are disturbed: what a network does must not hang on the exact value of any weight. That leaves room for
-    samples that differ in their weights as the zoo's members do, and work.
-
     Args:
         targets: Per task its network and the number of its layout.
         images: Per task inputs `(n, *input_shape)` and class ids `(n,)`.
-        noise: Std of the disturbance, in that of the zoo's members of a task.
-        ramp: Steps until the disturbance is whole.
         probe: Images that a network sees in a step.
     """
 
@@ -72,25 +67,17 @@ class NetworkLoss:
         zoo: ZooTensors,
         targets: Sequence[tuple[TargetConfig, int]],
         images: Sequence[tuple[Tensor, Tensor]],
-        noise: float = 0.5,
-        ramp: int = 2000,
         probe: int = 64,
     ):
         self.zoo, self.targets, self.images, self.probe = zoo, targets, images, probe
-        self.noise, self.ramp = noise, ramp
         self.decoders = [
             BatchDecoder(weight_tokenizer, int(zoo.class_mask[task].sum()), layout)
             for task, (_, layout) in enumerate(targets)
         ]
-        self.spread = torch.stack(
-            [zoo.weight_tokens[zoo.task_of == task].std(0) for task in range(len(targets))]
-        )  # (tasks, T + C, S)
 
     def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """See [`~training.objectives.vae_loss`]; the originals `truth` are not asked."""
         tasks, loss = self.zoo.task_of[index], tokens.new_zeros(())
-        scale = self.noise * min(1.0, random.step / self.ramp)
-        tokens = tokens + scale * self.spread[tasks] * random.normal(*tokens.shape[1:], purpose=24)
         for task in tasks.unique().tolist():
             rows, (config, _), (inputs, labels) = tasks == task, self.targets[task], self.images[task]
             seen = random.shared_integers(len(labels), self.probe, purpose=60 + task)

@@ -35,7 +35,6 @@ TOKEN_SIZE = 64
 LARGE = 65_536  # scalars of a network from which it reads images alone, and none in training
 TEST_IMAGES = 1000  # that such a network is scored on
 POOL = 60  # images of each class that the dataset encoder sees in training
-NOISE = 0.5  # of the zoo's spread, see [`NetworkLoss`]
 
 
 def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root: str | None) -> Source:
@@ -131,9 +130,8 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
             train,
             list(zip(configs, layouts, strict=True)),
             [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
-            NOISE,
         )
-    vae_settings = {"kl_weight": 1e-3, "noise_scale": NOISE}
+    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large}
     if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
         differ = train.weight_tokens.var(0)[train.padding_mask[0]].mean().item()
         vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}

@@ -16,6 +16,7 @@ from .batches import StepRandom, ZooTensors
 
 CLASSES_PER_STEP = 20  # of each checkpoint, at random; the loss is the same on average
 WIDE_PROMPT_NOISE = 0.6  # of the denoiser: phrasings never seen lose less than at the default, known ones nothing
+NOISE_RAMP = 2000  # steps with a function loss until learned noise is whole
 PROMPT_DROPOUT = 0.1  # share of a batch trained without its prompt, for classifier-free guidance
 
 
@@ -27,7 +28,7 @@ def vae_loss(
     reconstruction_weight: float = 1.0,
 ) -> Tensor:
     """
-    Eq. 1 on a batch, with the compatibility of prompts and class names.
+    Eq. 1 on a batch, with the compatibility of prompts and class names. With learned noise, function losses see samples of p(w|z).
 
     Args:
         function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
@@ -51,11 +52,16 @@ def vae_loss(
         prompt_embeds=zoo.prompts(tasks, random),
         other_embeds=_take(zoo.names(other, random, purpose=16), foreign),
         other_mask=_take(zoo.class_mask[other], foreign),
+        zoo_stds=_take(zoo.stds[tasks], pick) if config.learns_noise else None,
     )
     if function_loss is None:
         return output.loss
     in_order = torch.cat([torch.arange(T).expand(len(rows), T), T + shown.argsort(1)], 1)
     decoded = _take(output.weight_tokens, in_order)
+    if config.learns_noise:
+        scale = config.noise_scale * min(1.0, random.step / NOISE_RAMP)
+        noise = random.normal(*decoded.shape[1:], purpose=24)
+        decoded = decoded + scale * _take(output.token_stds, in_order) * noise
     loss = output.loss + (reconstruction_weight - 1) * output.reconstruction_loss
     return loss + function_loss(decoded, zoo.weight_tokens[rows], rows, random)
 
