@@ -85,7 +85,7 @@ def summary(rows: Sequence[Mapping]) -> str:
         cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(difference["mean"], *difference["ci95"]))
         cells += [told(of[name]) for name in ("zoo_average", "random_init", "reconstruction", CONTROL)]
         lines.append(f"| {task} | {architecture} | {' | '.join(cells)} |")
-    paper = "; ".join(f"{pair}: {zoo} -> {generated}" for pair, (zoo, generated) in PAPER.items())
+    paper = "; ".join(f"{pair}: {zoo:.2f} -> {generated:.2f}" for pair, (zoo, generated) in PAPER.items())
     return "\n".join([*lines, "", f"paper, Table 9, pretrained -> generated: {paper}"])
 
 
