@@ -1,7 +1,10 @@
 """Zoos of two architectures as one source: each pair of a task and an architecture is a task of training, and of no dataset."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +284,30 @@ def test_zoos_that_do_not_go_together_are_refused(zoos, encoder, sees, tmp_path)
     ZooFolder(tmp_path / "adapters").add("group", rows_of("a"))
     with pytest.raises(ValueError, match="holds no networks on images: .* give another zoo alone"):
         image_source(encoder, sees, [zoos[0], str(tmp_path / "adapters")], None)
+
+
+@pytest.mark.slow
+def test_it_is_trained_and_measured_from_the_command_line(zoos, tmp_path, monkeypatch):
+    for name in NARROW:  # of one task, which no dataset is too far from
+        config = NetworkZooConfig(architecture=name, seeds=3, held_out=1, keep=2, group=3)
+        build_network_zoo([tasks.IMAGE_TASKS["grey"]], tmp_path / name, config, progress=False)
+    examples = Path(__file__).parents[2] / "examples"
+    given = ["--zoo", *(tmp_path / name for name in NARROW), "--image_encoder", image_encoder(tmp_path)]
+
+    def run(script: str, *arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, [*given, *arguments])])
+        runpy.run_path(str(examples / script), run_name="__main__")
+
+    steps = [part for name in ("vae", "task", "dataset", "max_train") for part in (f"--{name}_steps", 2)]
+    run("train_d2nwg.py", *steps, "--skip_gate", "--output_dir", tmp_path / "run")
+    assert list(json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]) == ["grey (small)", "grey (wide)"]
+    assert "architectures: small, wide" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+
+    monkeypatch.syspath_prepend(examples / "reproduce")
+    out, generator = tmp_path / "architectures.json", ("--generator", tmp_path / "run" / "pipeline")
+    run("reproduce/architectures.py", *generator, "--n", 2, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["task"], row["architecture"]) for row in rows} == {("grey", name) for name in NARROW}
+    of_small = {row["method"]: row for row in rows if row["architecture"] == "small"}
+    assert {"random_init", "zoo_held_out", "zoo_average", "reconstruction", "generated"} <= of_small.keys()
+    assert of_small["generated"]["difference"]["ci95"] and of_small["wrong_architecture"]["n"] == 20
