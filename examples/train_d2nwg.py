@@ -2,6 +2,7 @@
 
 accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
 accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters, or of networks on images
+accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID PATH_OR_ID   # networks on images in several architectures
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
 """
 
@@ -49,7 +50,9 @@ def parse_args():
     add = parser.add_argument
     add(
         "--zoo",
-        help="Folder or Hub id of a zoo. Default: small networks on digits, built on the spot.",
+        nargs="+",
+        help="Folder or Hub id of a zoo; several of networks on images, one for each architecture, the default one first. Default: "
+        "small networks on digits, built on the spot.",
     )
     add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
     add("--data_root", help="Folder with datasets under their Hub ids, from which networks learn and are tested.")
@@ -129,8 +132,8 @@ def main():
     encoder = load_encoder(MINILM)
     if args.zoo is None:
         source = digits_source(encoder, args.networks, args.seed)
-    elif "base_model" in load_zoo(args.zoo)[0]["arch"]:
-        source = text_source(encoder, args.zoo, args.data_root, accelerator.mixed_precision == "bf16")
+    elif len(args.zoo) == 1 and "base_model" in load_zoo(args.zoo[0])[0]["arch"]:
+        source = text_source(encoder, args.zoo[0], args.data_root, accelerator.mixed_precision == "bf16")
     else:
         source = image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
     zoo, held_out = source.train, source.held_out
@@ -286,6 +289,7 @@ def main():
         "seconds": time.perf_counter() - start,
     }
     folder = args.output_dir / "pipeline"
+    architectures = list(dict.fromkeys(target["name"] for target in source.targets or () if "name" in target))
     pipe.to(torch.float16 if args.zoo else torch.float32)
     pipe.save_pretrained(folder)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=1))
@@ -299,13 +303,14 @@ def main():
         command="accelerate launch"
         + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
         + " examples/train_d2nwg.py"
-        + (f" --zoo {args.zoo}" if args.zoo else ""),
+        + (f" --zoo {' '.join(args.zoo)}" if args.zoo else ""),
         notes=notes,
-        datasets=sorted({get_task(task).dataset_id for task in zoo.prompted_tasks}) if args.zoo else (),
+        datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={
             "seed": args.seed,
             "autoencoder": f"{vae_steps} steps" + f", {task_steps} more with the task loss" * bool(task_steps),
             "denoiser": f"{args.denoiser}, {args.prediction_type}, {max_train_steps} steps",
+            **({"architectures": ", ".join(architectures)} if len(architectures) > 1 else {}),
         },
     )
     print(json.dumps(report["tasks"], indent=1))
@@ -336,8 +341,8 @@ def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
 def sampled(pipe: D2NWGPipeline, source, task: str, count: int, generator: torch.Generator) -> WeightGenOutput:
     """One sample for each of `count` conditions of training."""
     prompts = source.train.prompt_embeds[source.train.tasks.index(task)]
-    labels = next(list(known["labels"]) for known in source.known_tasks if known["name"] == task)
-    return pipe(prompt_embeds=prompts[torch.arange(count) % len(prompts)], labels=labels, generator=generator)
+    asked = source.asked_for(task)
+    return pipe(prompt_embeds=prompts[torch.arange(count) % len(prompts)], generator=generator, **asked)
 
 
 def sampled_rows(pipe: D2NWGPipeline, source, args) -> list[ScoredRows]:
@@ -373,7 +378,8 @@ def sample_tokens(pipe: D2NWGPipeline, source, task: str, count: int, seed: int)
     index = source.train.tasks.index(task)
     prompts, embeds = source.train.prompt_embeds[index], source.train.class_embeds[index][:1]
     chosen = prompts[torch.arange(count) % len(prompts)]
-    latents = pipe(prompt_embeds=chosen, output_type="latent", generator=torch.Generator().manual_seed(seed)).latents
+    generator, asked = torch.Generator().manual_seed(seed), source.asked_for(task)
+    latents = pipe(prompt_embeds=chosen, output_type="latent", generator=generator, **asked).latents
     return pipe.vae.decode(pipe.vae.unscale(latents.flatten(1)), embeds.expand(count, -1, -1))
 
 

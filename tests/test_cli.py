@@ -200,6 +200,25 @@ def test_texts_need_a_generator_of_text_classifiers(encoder, run, tmp_path):
     assert code == 1 and "this generator makes 'network's" in err
 
 
+def test_an_architecture_is_asked_for_by_name(encoder, run, tmp_path):
+    pipe, generator = network_pipeline(encoder), tmp_path / "generator"
+    pipe.register_to_config(targets=[{**pipe.config.target, "name": "perceptron", "layout": 0}])
+    pipe.save_pretrained(generator)
+    arguments = [
+        "generate",
+        "which digit is it",
+        "--generator",
+        generator,
+        "--out",
+        tmp_path / "out",
+        "--architecture",
+    ]
+    assert run(*arguments, "perceptron")[0] == 0
+    assert "--architecture perceptron" in (tmp_path / "out" / "README.md").read_text()
+    code, _, err = run(*arguments, "lenet")
+    assert code == 1 and "must be one of ['perceptron'], got 'lenet'" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

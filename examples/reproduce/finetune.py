@@ -29,12 +29,12 @@ def main():
     parser = make_parser(__doc__, n=5)
     parser.add_argument("--images", type=int, default=10_000, help="Training images at most.")
     args = parser.parse_args()
-    pipe, specs, configs, data, zoo = load(args)
+    pipe, specs, configs, data, zoo, architecture = load(args)
     where, rows = list(zip(zoo["task"], zoo["split"], strict=True)), []
     for spec in specs:
         config = configs[spec.name]
         members = [i for i, place in enumerate(where) if place == (spec.name, "train")]
-        made = samples(pipe, data, spec, [], "generated", args.n, args.seed)
+        made = samples(pipe, data, spec, [], "generated", args.n, args.seed, architecture)
         starts = starting_points(made, list(zoo_state_dicts(zoo, members)), config, spec.name)
         curves = finetune(config, starts, data[spec.name], args)
         rows += curve_rows(spec.name, curves)

@@ -38,12 +38,12 @@ ALL = "all layers"
 def main():
     args = make_parser(__doc__, n=50).parse_args()
     plt = pyplot()  # is missing before anything is computed, or never
-    pipe, specs, configs, data, zoo = load(args)
+    pipe, specs, configs, data, zoo, architecture = load(args)
     where, rows, drawn = {key: list(zoo[key]) for key in ("task", "split", "seed", "checkpoint")}, [], []
     for spec in specs:
         members, runs, latest = members_of(zoo, where, spec.name, "train")
         others, _, latest_others = members_of(zoo, where, spec.name, "held_out")
-        made = samples(pipe, data, spec, [], "generated", args.n, args.seed)
+        made = samples(pipe, data, spec, [], "generated", args.n, args.seed, architecture)
         units = permutation_spec(configs[spec.name])
         members, others, made = (fix_network_gauge(many, members[0], units) for many in (members, others, made))
         known = flatten(members)

@@ -53,7 +53,7 @@ def main():
     if args.zoo is None:
         source = digits_source(encoder, args.networks, args.seed)
     else:
-        source = image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
+        source = image_source(encoder, load_image_encoder(args.image_encoder), [args.zoo], args.data_root)
     zoo, rows = source.train, []
     noise_scheduler, scheduler = make_schedulers("v_prediction")
 

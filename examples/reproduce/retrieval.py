@@ -35,14 +35,16 @@ PAPER = (
 
 def main():
     args = make_parser(__doc__, n=5).parse_args()
-    pipe, specs, configs, data, zoo = load(args)
+    pipe, specs, configs, data, zoo, architecture = load(args)
     of_generator, of_zoo = weigh(pipe.folder, "**/*.safetensors"), weigh(Path(args.zoo), "data/*.parquet")
     where, rows = list(zip(zoo["task"], zoo["split"], zoo["checkpoint"], strict=True)), []
     last = max(zoo["checkpoint"])
-    samples(pipe, data, specs[0], [], "generated", 1, args.seed)  # the first call loads the encoders
+    samples(pipe, data, specs[0], [], "generated", 1, args.seed, architecture)  # the first call loads the encoders
     for spec in specs:
         stored = [i for i, place in enumerate(where) if place == (spec.name, "train", last)]
-        made, generating = timed(lambda spec=spec: samples(pipe, data, spec, [], "generated", args.n, args.seed))
+        made, generating = timed(
+            lambda spec=spec: samples(pipe, data, spec, [], "generated", args.n, args.seed, architecture)
+        )
         _, reading = timed(lambda spec=spec: read(args.zoo, spec.name, args.n))
         for method, networks, costs, size in (
             ("stored", list(zoo_state_dicts(zoo, stored)), reading, of_zoo),

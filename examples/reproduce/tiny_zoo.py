@@ -9,16 +9,18 @@ Replaced: STL-10 by Fashion-MNIST; CLIP's image features by those of a small Mob
 import argparse
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import reconstruct_members
-from hf_weightgen.evaluation.network_table import network_table
+from hf_weightgen.evaluation.network_table import METHODS, network_table
 from hf_weightgen.evaluation.table import format_table, write_results
 from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
+from hf_weightgen.targets.mixed import target_number
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.build_networks import PROTOCOLS
 from hf_weightgen.zoo.folder import load_zoo
@@ -37,37 +39,15 @@ PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
 
 def main():
     args = make_parser(__doc__, n=50).parse_args()
-    pipe, specs, configs, data, zoo = load(args)
-    where = {key: list(zoo[key]) for key in ("task", "split", "seed", "checkpoint")}
-    last, rows = max(where["checkpoint"]), []
+    pipe, specs, configs, data, zoo, architecture = load(args)
+    rows = []
     for spec in specs:
         others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
 
         def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
-            return samples(pipe, data, spec, others, method, count, seed)
+            return samples(pipe, data, spec, others, method, count, seed, architecture)
 
-        def of(split: str, latest: bool = False, name: str = spec.name) -> list[int]:
-            picked = [i for i, task in enumerate(where["task"]) if task == name and where["split"][i] == split]
-            return [i for i in picked if not latest or where["checkpoint"][i] == last]
-
-        members = of("train")
-        table = network_table(
-            generate,
-            configs[spec.name],
-            data[spec.name],
-            list(zoo_state_dicts(zoo, members)),
-            list(zoo_state_dicts(zoo, of("held_out", latest=True))),
-            init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
-            member_seeds=[where["seed"][i] for i in members],
-            reconstruct=lambda state_dicts, spec=spec: reconstruct_members(pipe, state_dicts, spec.labels),
-            predict_accuracies=functools.partial(
-                pipe.predict_accuracies, prompt=spec.prompts[0], labels=list(spec.labels)
-            )
-            if pipe.accuracy_predictor is not None
-            else None,
-            n=args.n,
-            seed=args.seed,
-        )
+        table = table_of(args, pipe, configs[spec.name], data[spec.name], zoo, generate)
         rows += table
         print(format_table(table), flush=True)
         if spec.name in PAPER:
@@ -75,13 +55,49 @@ def main():
         write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)
 
 
-def make_parser(description: str, n: int) -> argparse.ArgumentParser:
+def table_of(args, pipe, config, data, zoo, generate, methods: Sequence[str] = METHODS) -> list[dict]:
+    """Rows of one task of a zoo, see [`network_table`]."""
+    spec, where = data.spec, {key: list(zoo[key]) for key in ("task", "split", "seed", "checkpoint")}
+    last = max(where["checkpoint"])
+
+    def of(split: str, latest: bool = False) -> list[int]:
+        picked = [i for i, task in enumerate(where["task"]) if task == spec.name and where["split"][i] == split]
+        return [i for i in picked if not latest or where["checkpoint"][i] == last]
+
+    members, predict_accuracies = of("train"), None
+    if pipe.accuracy_predictor is not None:
+        predict_accuracies = functools.partial(
+            pipe.predict_accuracies, prompt=spec.prompts[0], labels=list(spec.labels)
+        )
+    return network_table(
+        generate,
+        config,
+        data,
+        list(zoo_state_dicts(zoo, members)),
+        list(zoo_state_dicts(zoo, of("held_out", latest=True))),
+        init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
+        member_seeds=[where["seed"][i] for i in members],
+        reconstruct=lambda state_dicts: reconstruct_members(pipe, state_dicts, spec.labels),
+        predict_accuracies=predict_accuracies,
+        n=args.n,
+        seed=args.seed,
+        methods=methods,
+    )
+
+
+def make_parser(description: str, n: int, zoos: str | None = None) -> argparse.ArgumentParser:
+    """`zoos`: how many, as `nargs` of argparse."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", required=True, help="Folder or Hub id.")
-    parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo that it was trained on.")
+    parser.add_argument(
+        "--zoo",
+        required=True,
+        nargs=zoos,
+        help="Folder or Hub id of a zoo that it was trained on; it tells the architecture.",
+    )
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
-    parser.add_argument("--tasks", nargs="*", help="Default: all that the generator knows.")
+    parser.add_argument("--tasks", nargs="*", help="Default: all of the zoo that the generator knows.")
     parser.add_argument("--n", type=int, default=n, help="Networks per row.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -89,30 +105,34 @@ def make_parser(description: str, n: int) -> argparse.ArgumentParser:
 
 
 def load(args) -> tuple:
-    """The generator, the specs of its tasks, by their names their networks and images, and the zoo."""
+    """The generator, the specs of its tasks, by their names their networks and images, the zoo, and its architecture where the
+    generator knows them by name."""
     keep_memory()
     pipe = WeightGenPipeline.from_pretrained(args.generator)
     pipe.set_progress_bar_config(disable=True)
     pipe.image_encoder = load_image_encoder(args.image_encoder)
     known = {task["name"]: task for task in pipe.config.tasks}
-    specs = [get_task(name) for name in args.tasks or known]
-    configs = {
-        spec.name: TargetConfig(
-            **pipe.targets[known[spec.name].get("target", 0)]["config"], num_classes=len(spec.labels)
-        )
-        for spec in specs
-    }
+    zoo = load_zoo(args.zoo)
+    tasks, named = set(zoo["task"]), any("name" in target for target in pipe.targets)
+    architecture = zoo[0]["arch"]["name"] if named else None
+    specs = [get_task(name) for name in args.tasks or known if name in tasks]
+    configs = {}
+    for spec in specs:
+        target = pipe.targets[target_number(pipe.targets, known[spec.name], architecture)]
+        configs[spec.name] = TargetConfig(**target["config"], num_classes=len(spec.labels))
     data = load_images(specs, args.data_root, configs[specs[0].name].input_shape[1])
-    return pipe, specs, configs, data, load_zoo(args.zoo)
+    return pipe, specs, configs, data, zoo, architecture
 
 
-def samples(pipe, data, spec, others, method: str, count: int, seed: int) -> list[dict]:
+def samples(
+    pipe, data, spec, others, method: str, count: int, seed: int, architecture: str | None = None
+) -> list[dict]:
     """`count` networks, each from five images a class of its own; for the controls from images that are not the task's."""
     generator = torch.Generator().manual_seed(seed)
     names = list(spec.labels)
     if method == "generated_from_prompts":
         prompts = [spec.prompts[i % len(spec.prompts)] for i in range(count)]
-        return pipe(prompts, labels=names, generator=generator).weights
+        return pipe(prompts, labels=names, generator=generator, architecture=architecture).weights
     shown = spec
     if method == "generated_mismatched":
         channels = {s.name: data[s.name].train.pixels.shape[1] for s in (spec, *others)}
@@ -127,7 +147,7 @@ def samples(pipe, data, spec, others, method: str, count: int, seed: int) -> lis
             order = torch.randperm(len(names), generator=generator).tolist()
         picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
         dataset = {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
-        made += pipe(dataset=dataset, generator=generator).weights
+        made += pipe(dataset=dataset, generator=generator, architecture=architecture).weights
     return made
 
 

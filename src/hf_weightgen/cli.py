@@ -55,6 +55,9 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly the prompt is followed; 1 as in training.")
     ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Of the network, where the task has several. Default: its first.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the adapter; several samples become DIR/0000, DIR/0001, …")
     ] = None,
@@ -73,6 +76,7 @@ def generate(
     told = ["generate", prompt, *(["--labels", labels] if labels is not None else ())]
     given = {"num-samples": num_samples, "seed": seed, "generator": generator}
     given |= {"num-inference-steps": num_inference_steps, "guidance-scale": guidance_scale}
+    given |= {"architecture": architecture}
     told += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
@@ -87,6 +91,7 @@ def generate(
         num_samples=num_samples,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        architecture=architecture,
         generator=torch.Generator().manual_seed(seed),
     )
     output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))} --out DIR"

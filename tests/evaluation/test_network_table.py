@@ -111,6 +111,21 @@ def test_the_sample_that_the_predictor_prefers_is_a_row(data, zoo, rows):
     assert equal["generated_by_predictor"]["best_of"] == 10 and "nan" not in format_table(same)
 
 
+def test_a_row_is_the_same_whatever_others_are_asked_for(data, zoo):
+    def noisy(method: str, count: int, seed: int) -> list[dict]:
+        draw = random(seed)
+        return [{n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in zoo[i].items()} for i in range(count)]
+
+    few, more = (
+        network_table(noisy, CONFIG, data, zoo[:3], zoo[3:5], n=2, baseline_n=2, methods=methods)
+        for methods in (("generated", "zoo_average"), ("random_init", "zoo", "zoo_average", "generated"))
+    )
+    assert [row["method"] for row in few] == ["zoo_average", "generated"]
+    kept = [{**row, "cpu_seconds": None} for row in more if row["method"] in ("zoo_average", "generated")]
+    assert [{**row, "cpu_seconds": None} for row in few] == kept
+    assert few[1]["difference"]["ci95"] and few[1]["difference_held_out"]["ci95"]
+
+
 def test_distances_do_not_see_what_leaves_the_function_as_it_is(data, zoo):
     def permuted(method: str, count: int, seed: int) -> list[dict]:
         perm = torch.randperm(6, generator=random(seed))

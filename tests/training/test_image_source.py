@@ -58,7 +58,9 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(zoo, encoder, tmp_path_factory):
-    return image_source(encoder, load_image_encoder(image_encoder(tmp_path_factory.mktemp("images"))), str(zoo), None)
+    return image_source(
+        encoder, load_image_encoder(image_encoder(tmp_path_factory.mktemp("images"))), [str(zoo)], None
+    )
 
 
 def test_rows_prompts_and_datasets_of_every_task_are_there(source):

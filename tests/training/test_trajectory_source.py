@@ -32,7 +32,7 @@ def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_pat
         "small", tensors, burn_in=2, checkpoints=5, every=1, held_out=2, lr=0.05, batch_size=8, mean=(0.4,), std=(0.2,)
     )
     build_trajectory_zoo(spec, tmp_path / "start.safetensors", tmp_path / "zoo", settings, progress=False)
-    source = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), str(tmp_path / "zoo"), None)
+    source = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [str(tmp_path / "zoo")], None)
 
     assert (len(source.train), len(source.held_out)) == (3, 1)
     assert source.runs == [[0, 1, 2]]  # rows of one run: it has no independent ones

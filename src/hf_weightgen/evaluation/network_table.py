@@ -60,6 +60,7 @@ def network_table(
     baseline_n: int = 20,
     baseline_effort: float = 1.0,
     seed: int = 0,
+    methods: Sequence[str] = METHODS,
 ) -> list[dict]:
     """
     Args:
@@ -72,6 +73,7 @@ def network_table(
             any data, is a row of its own beside the best on validation.
         n: Networks of the generated rows, and how many the best ones are chosen from; baseline_n: of the others.
         baseline_effort: Share of their training steps that `pca_flow` and `p_diff` get; figures are told with 1.
+        methods: Which rows; a row is the same whatever others are asked for.
 
     Returns:
         `list[dict]`: rows as of [`honest_table`]; those of methods without the generator tell in `cpu_seconds` what it cost
@@ -96,6 +98,8 @@ def network_table(
     rows: dict[str, dict] = {}
 
     def add(method: str, make: Callable[[], dict]) -> None:
+        if method not in methods:
+            return
         try:
             rows[method] = make()
         except Unavailable as reason:
@@ -115,10 +119,10 @@ def network_table(
 
     samples = generated("generated", n)
     seeds = torch.randint(2**31, (baseline_n,), generator=task.generator("random_init")).tolist()
-    fresh = initial(config, seeds, init)
+    fresh, of_majority = initial(config, seeds, init), majority_row(task)
     add("random_init", lambda: task.row("random_init", [unstack(fresh, k) for k in range(baseline_n)]))
-    add("majority", lambda: majority_row(task))
-    add("zoo", lambda: zoo_row(task, rows["majority"]))
+    add("majority", lambda: of_majority)
+    add("zoo", lambda: zoo_row(task, of_majority))
     add("zoo_held_out", lambda: held_out_row(task, others))
     for method, make in {
         "zoo_average": lambda g: [baselines.average(aligned)],
@@ -134,7 +138,7 @@ def network_table(
     }.items():
         add(method, lambda m=method, make=make: timed_row(m, make))
     add("reconstruction", lambda: reconstruction_row(task, reconstruct, others or aligned))
-    add("generated", lambda: generated_row(task, samples, samples, others, rows["zoo"]))
+    add("generated", lambda: generated_row(task, samples, samples, others, rows.get("zoo", task.empty("zoo"))))
     add("generated_by_predictor", lambda: _by_predictor(task, samples, predict_accuracies))
     add("generated_from_prompts", lambda m="generated_from_prompts": task.row(m, generated(m, baseline_n)))
     for method in ("generated_shuffled", "generated_mismatched"):
@@ -144,7 +148,7 @@ def network_table(
                 task.row(m, generated(m, baseline_n), control=True) | {"expected": 100 / len(data.spec.labels)}
             ),
         )
-    return [rows[method] for method in METHODS]
+    return [rows[method] for method in METHODS if method in rows]
 
 
 def _by_predictor(task: TaskRows, samples: Sequence[StateDict], predict_accuracies: Callable | None) -> dict:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 
 from .. import components
 from ..hub.untrusted import UntrustedFileError, check_folder, is_repo_id, read_header, read_object
-from ..targets.architectures import TargetConfig
+from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import unpack_embeddings
+from ..targets.mixed import architecture_codes
+from ..weights.tokenization import WeightTokenizer
 
 
 COMPONENTS = "hf_weightgen.components"
@@ -226,19 +228,54 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
             } if all(map(_is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
                 if not unpack_embeddings(packed, embedding_size).isfinite().all():
                     raise ValueError(f"`tasks`: the prompt embeddings of {name!r} are not finite.")
-                number = task.get("target", 0)
-                if type(number) is not int or not 0 <= number < len(targets or [0]):
-                    raise ValueError(
-                        f"`tasks`: the target of {name!r} is {str(number)[:60]!r}, there are {len(targets or [0])}."
-                    )
+                _check_numbers(task, targets or [config["target"]])
             case _:
                 raise ValueError(
                     f"`tasks` holds {str(task)[:200]}, which has no name, family, different labels and prompt embeddings."
                 )
+    architecture_codes(targets or [config["target"]], tasks, embedding_size)  # fails here where they are too many
     for name, (low, high, kinds) in NUMBERS.items():
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             raise ValueError(f"`{name}` must be a number from {low} to {high}, got {str(value)[:60]!r}.")
+
+
+def _check_numbers(task: Mapping, targets: Sequence[Mapping]) -> None:
+    """That the targets of a task are there, and can be told apart by their names."""
+    numbers = task.get("targets", [task.get("target", 0)])
+    told = f"`tasks`: the targets of {task['name']!r} are {str(numbers)[:60]}"
+    if not isinstance(numbers, list) or not 1 <= len(numbers) <= MOST_TARGETS:
+        raise ValueError(f"{told}, expected a list of 1 to {MOST_TARGETS} numbers.")
+    if any(type(number) is not int or not 0 <= number < len(targets) for number in numbers):
+        raise ValueError(f"{told}, there are {len(targets)}.")
+    names = [targets[number].get("name") for number in numbers]
+    if len(numbers) > 1 and (None in names or len(set(names)) < len(names)):
+        raise ValueError(f"{told}, whose names {str(names)[:120]} do not tell them apart.")
+
+
+def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> None:
+    """
+    Checks that the layouts of a generator's targets are those of its tokenizer.
+
+    Raises:
+        ValueError: If a target has no layout there, or another one.
+    """
+    for target in targets:
+        if target["layout"] >= len(tokenizer.layouts):
+            raise ValueError(
+                f"`targets` names the layout {target['layout']}, the tokenizer has {len(tokenizer.layouts)}."
+            )
+        layout = tokenizer.layouts[target["layout"]]
+        tensors = {spec.name: spec.shape for spec in layout.tensors}
+        ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
+        if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
+            raise ValueError(f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}.")
+        if target["kind"] == "network":
+            with torch.device("meta"):
+                wanted = TargetModel(TargetConfig(**target["config"], num_classes=2)).state_dict()
+            body = {name: shape for name, shape in tensors.items() if name not in layout.head}
+            if any(name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()):
+                raise ValueError("`target` describes another network than the tokenizer's tensors.")
 
 
 def _check_target(target: object) -> None:
@@ -260,6 +297,8 @@ def _check_target(target: object) -> None:
             raise ValueError(
                 f"`target` {str(target)[:200]} is neither an adapter with base model and `lora`, nor a network."
             )
+    if target.get("name") is not None and not _is_name(target["name"]):
+        raise ValueError(f"`targets`: `name` must be a short line of text, got {str(target['name'])[:60]!r}.")
     if type(target.get("layout", 0)) is not int or target.get("layout", 0) < 0:
         raise ValueError(f"`targets`: `layout` must be the number of a layout, got {str(target['layout'])[:60]!r}.")
 

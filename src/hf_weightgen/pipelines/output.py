@@ -47,7 +47,7 @@ class WeightGenOutput(BaseOutput):
         prompts (`list[str]`): Per sample the prompt.
         seeds (`list[int]`): Per sample the seed of its noise.
         targets (`list[dict]`): Per sample what receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
-            `{"kind": "network", "config": {...}}`.
+            `{"kind": "network", "config": {...}}`, with the `name` of its architecture where the generator knows it.
         latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
         generator_id (`str`): Where the generator was loaded from.
         generator_revision (`str`, *optional*): Its commit on the Hub.

@@ -1,4 +1,4 @@
-"""D2NWG: latent diffusion over weights, conditioned on text, on a dataset, or on both.
+"""D2NWG: latent diffusion over weights, conditioned on text, on a dataset, or on both, and on an architecture.
 
 Reference: Diffusion-based Neural Network Weights Generation (https://huggingface.co/papers/2402.18153), section 3.4,
 eq. 6 for sampling; section C.7 for choosing among samples by predicted accuracy. Classifier-free guidance:
@@ -19,11 +19,11 @@ from torch import Tensor
 from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_predictor import AccuracyPredictor
 from ..models.modeling_weight_vae import WeightVAE
-from ..targets.architectures import TargetConfig, TargetModel
+from ..targets.mixed import architecture_codes, target_number, with_architecture
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
 from .examples import examples_of
-from .loading import check_settings
+from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import MismatchWarning, WeightGenPipeline
 from .ranking import best, check_best_of, need_predictor, predict_accuracies
@@ -42,9 +42,11 @@ class D2NWGPipeline(WeightGenPipeline):
         scheduler (`SchedulerMixin`): Any scheduler of diffusers with the prediction type that `unet` was trained for.
         weight_tokenizer ([`WeightTokenizer`]): State dicts <-> weight tokens.
         target (`dict`): What receives the weights, see [`WeightGenOutput`]; with `targets`, the first of them.
-        targets (`list[dict]`, *optional*): All of them, each with the `layout` of `weight_tokenizer` that it has.
+        targets (`list[dict]`, *optional*): All of them, each with the `layout` of `weight_tokenizer` that it has, and the `name`
+            of its architecture.
         tasks (`list[dict]`): Known tasks: `name`, `family`, `labels`, `prompt_embeddings` (centres of its
-            training prompts, see [`~targets.base_models.pack_embeddings`]), and the number of its `target`.
+            training prompts, see [`~targets.base_models.pack_embeddings`]), and the number of its `target`, or those of its
+            `targets` where it has several architectures, the default one first.
         encoder (`dict`): `id`, `revision` and `sha256` of the frozen text encoder.
         dataset_encoder ([`DatasetEncoder`], *optional*): Examples -> embeddings where those of texts are.
         image_encoder (`dict`, *optional*): The frozen encoder of a dataset's images, as `encoder`; without it a dataset has
@@ -127,26 +129,7 @@ class D2NWGPipeline(WeightGenPipeline):
         shape = unet.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
         if tuple(vae.latent_shape) != shape:
             raise ValueError(f"latents have the shape {tuple(vae.latent_shape)}, the denoiser reads {shape}.")
-        for target in self.targets:
-            if target["layout"] >= len(tokenizer.layouts):
-                raise ValueError(
-                    f"`targets` names the layout {target['layout']}, the tokenizer has {len(tokenizer.layouts)}."
-                )
-            layout = tokenizer.layouts[target["layout"]]
-            tensors = {spec.name: spec.shape for spec in layout.tensors}
-            ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
-            if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
-                raise ValueError(
-                    f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}."
-                )
-            if target["kind"] == "network":
-                with torch.device("meta"):
-                    wanted = TargetModel(TargetConfig(**target["config"], num_classes=2)).state_dict()
-                body = {name: shape for name, shape in tensors.items() if name not in layout.head}
-                if any(
-                    name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()
-                ):
-                    raise ValueError("`target` describes another network than the tokenizer's tensors.")
+        check_targets(self.targets, tokenizer)
         if self.dataset_encoder is not None and self.dataset_encoder.config.embedding_size != vae.embedding_size:
             raise ValueError(
                 f"the dataset encoder makes embeddings of {self.dataset_encoder.config.embedding_size}, the autoencoder reads "
@@ -162,11 +145,6 @@ class D2NWGPipeline(WeightGenPipeline):
                     f"the accuracy predictor has {dict(zip(names, reads, strict=True))}, the autoencoder "
                     f"{dict(zip(names, made, strict=True))}: they are of different generators."
                 )
-
-    @property
-    def targets(self) -> list[dict]:
-        """What may receive weights, each with its `layout`."""
-        return self.config.get("targets") or [{**self.config.target, "layout": 0}]
 
     @torch.no_grad()
     def __call__(
@@ -184,6 +162,7 @@ class D2NWGPipeline(WeightGenPipeline):
         return_dict: bool = True,
         dataset: object | None = None,
         best_of: int | None = None,
+        architecture: str | None = None,
     ) -> WeightGenOutput | tuple:
         r"""
         Args:
@@ -203,6 +182,7 @@ class D2NWGPipeline(WeightGenPipeline):
             best_of: Samples that are drawn per prompt, of which the accuracy predictor chooses the `num_samples` best, the best of
                 them first. They are samples of a call with `num_samples=best_of`, and with one `best_of` the first k of n are
                 the same for any n; another `best_of` may bring better ones to the front.
+            architecture: Of the network, by its name among those that the nearest known task has. Default: the first of them.
 
         Raises:
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
@@ -266,7 +246,8 @@ class D2NWGPipeline(WeightGenPipeline):
         for text, near in zip(prompts, nearest, strict=True):
             self.warn_if_far(text, near)
         names = names or [list(near[0][0]["labels"]) for near in nearest]
-        targets = [self.targets[near[0][0].get("target", 0)] for near in nearest]
+        numbers = [target_number(self.targets, near[0][0], architecture) for near in nearest]
+        targets = [self.targets[number] for number in numbers]
 
         # 2. Every sample has a generator of its own, seeded from its prompt's, which is seeded from the caller's
         of_prompt = [torch.Generator().manual_seed(_draw_seed(generator)) for _ in prompts]
@@ -274,8 +255,12 @@ class D2NWGPipeline(WeightGenPipeline):
         seeds = [_draw_seed(own) for own in of_prompt for _ in range(count)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-        # 3. Denoise
-        latents = self._denoise(embeds.repeat_interleave(count, 0), steps, guidance, generators, callback_on_step_end)
+        # 3. Denoise; the architecture is told where a task may have several
+        codes = architecture_codes(self.targets, self.config.tasks, size)
+        codes = None if codes is None else codes[numbers].repeat_interleave(count, 0)  # (N, E)
+        asked = embeds.repeat_interleave(count, 0)
+        conditions, blank = (with_architecture(one, codes) for one in (asked, torch.zeros_like(asked)))
+        latents = self._denoise(conditions, blank, steps, guidance, generators, callback_on_step_end)
 
         # 4. Decode, and rank what was decoded
         weights, accuracies = [], []
@@ -310,15 +295,15 @@ class D2NWGPipeline(WeightGenPipeline):
         return output if return_dict else output.to_tuple()
 
     def _denoise(
-        self, embeds: Tensor, steps: int, guidance: float, generators: list, callback: Callable | None
+        self, embeds: Tensor, blank: Tensor, steps: int, guidance: float, generators: list, callback: Callable | None
     ) -> Tensor:
-        """Scaled latents `(N, channels, height, width)` for prompt embeddings `(N, E)`."""
+        """Scaled latents `(N, channels, height, width)` for conditions `(N, E)`; `blank`: the same without a prompt."""
         shape = tuple(self.vae.config.latent_shape)
         latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.unet.device)
         self.scheduler.set_timesteps(steps)
         latents = latents * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else latents
         extra = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        conditions = torch.cat([embeds, torch.zeros_like(embeds)]) if guidance != 1 else embeds
+        conditions = torch.cat([embeds, blank]) if guidance != 1 else embeds
         conditions = conditions.to(self.unet.device, self.unet.dtype)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs = torch.cat([latents, latents]) if guidance != 1 else latents

@@ -209,6 +209,11 @@ class WeightGenPipeline(DiffusionPipeline):
         self._image_encoder = encoder
 
     @property
+    def targets(self) -> list[dict]:
+        """What may receive weights, each with its `layout`."""
+        return self.config.get("targets") or [{**self.config["target"], "layout": 0}]
+
+    @property
     def source(self) -> str:
         return getattr(self, "_source", "a generator in memory")
 

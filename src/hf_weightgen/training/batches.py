@@ -65,6 +65,8 @@ class ZooTensors:
         families: family of each task.
         layout_of: `(R,)`, each row's layout; T counts the body tokens of all layouts, side by side.
         start: Row of the shared start of all members, which is what no prompt asks for; the last row and task.
+        dataset_of: `(tasks,)`, each task's dataset, where tasks that differ in their architecture alone share one.
+        architecture_codes: `(tasks, E)`, see [`~targets.mixed.architecture_codes`]; absent if prompts tell tasks apart.
     """
 
     weight_tokens: Tensor
@@ -77,6 +79,8 @@ class ZooTensors:
     families: list[str]
     layout_of: Tensor
     start: int | None = None
+    dataset_of: Tensor | None = None
+    architecture_codes: Tensor | None = None
 
     @classmethod
     def of(

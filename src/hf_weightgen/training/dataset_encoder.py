@@ -55,7 +55,7 @@ def dataset_loss(
     tasks = zoo.task_of[rows]
     return encoder(
         **_shown(getattr(encoder, "module", encoder), features, zoo, tasks, random),
-        groups=tasks,
+        groups=tasks if zoo.dataset_of is None else zoo.dataset_of[tasks],
         latents=latents[rows],
         prompt_embeds=zoo.prompts(tasks, random),
     ).loss

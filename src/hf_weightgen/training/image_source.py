@@ -1,29 +1,34 @@
-"""What the stages of D2NWG need of a zoo of small networks on images, see [`zoo.build_networks`].
+"""What the stages of D2NWG need of zoos of small networks on images, see [`zoo.build_networks`].
 
-One generator for all tasks of the zoo, whatever networks they have: the weights of each layout have token places of their
-own. A task is asked for by prompts or by its dataset.
+One generator for all tasks of the zoos, whatever networks they have: the weights of each layout have token places of their
+own. A task is asked for by prompts or by its dataset; one that has several architectures, also by one of them, and in training
+each pair counts as a task (D2NWG, https://huggingface.co/papers/2402.18153, appendix C.1).
 
-Notation: R rows of the zoo; C classes; F size of an image feature.
+Notation: R rows of the zoos; C classes; F size of an image feature.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..targets.architectures import HEAD, TargetConfig, architecture
 from ..targets.base_models import TextEncoder, weights_sha256
 from ..targets.image_encoders import MOBILENET, ImageEncoder
+from ..targets.mixed import architecture_codes
 from ..targets.stacked import stack
 from ..targets.symmetry import BUFFERS, permutation_spec
-from ..targets.tasks import get_task
+from ..targets.tasks import TaskSpec, get_task
 from ..weights.permutation import align
 from ..weights.tokenization import WeightTokenizer
 from ..zoo.folder import load_zoo
-from ..zoo.images import Images, load_images
+from ..zoo.images import ImageData, Images, load_images
 from ..zoo.networks import keep_memory, predict_networks, predict_one_by_one
 from ..zoo.schema import zoo_state_dicts
 from .batches import ZooTensors
@@ -35,9 +40,40 @@ TOKEN_SIZE = 64
 LARGE = 65_536  # scalars of a network from which it reads images alone, and none in training
 TEST_IMAGES = 1000  # that such a network is scored on
 POOL = 60  # images of each class that the dataset encoder sees in training
+PARTS = ("train", "held_out")
 
 
-def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root: str | None) -> Source:
+@dataclass
+class Networks:
+    """
+    What zoos have of one task in one architecture.
+
+    Args:
+        name: Of the architecture.
+        data: The task's images, in the size that the networks read.
+        weights: Per part of a zoo the state dicts of its rows.
+        runs: Of the rows that train, the last one of each run.
+        metrics: Of the rows that train, as the zoo has them.
+        base: Of a trajectory what its rows lack.
+    """
+
+    spec: TaskSpec
+    name: str
+    config: TargetConfig
+    data: ImageData
+    weights: dict[str, list[dict[str, Tensor]]]
+    runs: list[int]
+    metrics: list[Mapping]
+    base: Mapping[str, Tensor]
+    trajectory: bool
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Scalars of a network."""
+        return sum(tensor.numel() for tensor in self.weights["train"][0].values())
+
+
+def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str], data_root: str | None) -> Source:
     """
     Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
 
@@ -48,101 +84,105 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
 
     Args:
         images: Sees the examples of a dataset.
+        zoos: Folders or Hub ids; where several have a task, the architecture of the first one is the default.
+
+    Raises:
+        ValueError: If a zoo has no networks on images, or two zoos have the same task in the same architecture.
     """
     keep_memory()
-    dataset = load_zoo(zoo)
-    names, split, checkpoints = list(dataset["task"]), list(dataset["split"]), list(dataset["checkpoint"])
-    specs = [get_task(name) for name in dict.fromkeys(names)]
-    configs = [_config(dataset[names.index(spec.name)]["arch"], len(spec.labels)) for spec in specs]
-    of_task = {spec.name: config for spec, config in zip(specs, configs, strict=True)}
-    side = configs[0].input_shape[1]
-    data = load_images(specs, data_root, side)
-    where = {part: [i for i, s in enumerate(split) if s == part] for part in ("train", "held_out")}
-    last = max(checkpoint for checkpoint in checkpoints if checkpoint is not None)
-    where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == last]
-    told_of = {spec.name: dataset[names.index(spec.name)]["provenance"] for spec in specs}
-    for name, provenance in told_of.items():
-        data[name] = replace(data[name], mean=provenance["mean"], std=provenance["std"])
-    trajectory = any(provenance.get("single_trajectory", False) for provenance in told_of.values())
-    bases = [i for i, part in enumerate(split) if part == "base"]
-    base = dict(zip((names[i] for i in bases), zoo_state_dicts(dataset, bases), strict=True))
-    first: dict[str, Mapping[str, Tensor]] = {}
-    statistics: dict[str, list[Mapping[str, Tensor]]] = {spec.name: [] for spec in specs}
-    weights = {}
-    for part, rows in where.items():
-        weights[part] = []
-        for i, row in zip(rows, tqdm(zoo_state_dicts(dataset, rows), f"align {part}", len(rows)), strict=True):
-            # counters of batches, which nothing reads, are not generated; torch does without them
-            state_dict = {n: t for n, t in row.items() if not n.endswith(BUFFERS if trajectory else BUFFERS[2])}
-            reference, units = first.setdefault(names[i], state_dict), permutation_spec(of_task[names[i]])
-            weights[part].append(state_dict if trajectory else align(state_dict, reference, units))
-            if trajectory and part == "train":
-                statistics[names[i]].append({n: t for n, t in row.items() if n.endswith(BUFFERS[:2])})
-    for name, own in statistics.items():
-        if own:
-            base[name] |= {n: torch.stack([one[n] for one in own]).mean(0) for n in own[0]}
-    widest = max(one[HEAD[0]].shape[1] for one in first.values()) + 1  # a class's row of the head is one token
+    opened = [load_zoo(zoo) for zoo in zoos]
+    _check(zoos, opened)
+    specs = [get_task(name) for name in dict.fromkeys(name for rows in opened for name in rows["task"])]
+    load = functools.cache(lambda side: load_images(specs, data_root, side))
+    pairs = [pair for rows in opened for pair in _networks(rows, load)]
+    numbers = [[t for t, pair in enumerate(pairs) if pair.spec == spec] for spec in specs]  # of each task its pairs
+    task_of = [specs.index(pair.spec) for pair in pairs]
+    by_name = {
+        pair.spec.name if len(numbers[t]) == 1 else f"{pair.spec.name} ({pair.name})": pair
+        for t, pair in zip(task_of, pairs, strict=True)
+    }
+
+    weights = {part: [row for pair in pairs for row in pair.weights[part]] for part in PARTS}
+    widest = max(one[HEAD[0]].shape[1] for one in weights["train"]) + 1  # a class's row of the head is one token
     tokenizer = WeightTokenizer.fit(weights["train"], token_size=max(TOKEN_SIZE, widest), head=HEAD)
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
     labels = {
         spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs
     }  # (V, C, E)
-    families = {spec.name: spec.family for spec in specs}
     parts = {
-        part: ZooTensors.of(tokenizer, weights[part], [names[i] for i in rows], labels, prompts, families)
-        for part, rows in where.items()
+        part: ZooTensors.of(
+            tokenizer,
+            weights[part],
+            [name for name, pair in by_name.items() for _ in pair.weights[part]],
+            {name: labels[pair.spec.name] for name, pair in by_name.items()},
+            {name: prompts[pair.spec.name] for name, pair in by_name.items()},
+            {name: pair.spec.family for name, pair in by_name.items()},
+        )
+        for part in PARTS
     }
     train = parts["train"]
-    layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(len(specs))]
+    layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(len(pairs))]
     targets = [
-        {"kind": "network", "config": _settings(config), "layout": layout}
-        for config, layout in zip(configs, layouts, strict=True)
+        {"kind": "network", "name": pair.name, "config": _settings(pair.config), "layout": layout}
+        for pair, layout in zip(pairs, layouts, strict=True)
     ]
     known, thresholds = known_tasks(
-        [told(spec) | {"target": t} for t, spec in enumerate(specs)], [[prompts[spec.name]] for spec in specs]
+        [
+            told(spec) | ({"target": own[0]} if len(own) == 1 else {"targets": own})
+            for spec, own in zip(specs, numbers, strict=True)
+        ],
+        [[prompts[spec.name]] for spec in specs],
     )
-    sizes = [sum(tensor.numel() for tensor in one.values()) for one in first.values()]
+    train = replace(
+        train,
+        dataset_of=torch.tensor(task_of),
+        architecture_codes=architecture_codes(targets, known, train.prompt_embeds[0].shape[1]),
+    )
+    trajectory = any(pair.trajectory for pair in pairs)
+    sizes = [pair.size for pair in pairs]
     large = trajectory or max(sizes) > LARGE
-    splits = {spec.name: [data[spec.name].validation, data[spec.name].test] for spec in specs}
+    splits = {name: [pair.data.validation, pair.data.test] for name, pair in by_name.items()}
     if large:
         splits = {name: [split.first(TEST_IMAGES) for split in both] for name, both in splits.items()}
-    inputs = {task: [data[task].inputs(split) for split in both] for task, both in splits.items()}
+    inputs = {name: [by_name[name].data.inputs(split) for split in both] for name, both in splits.items()}
 
     def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str, part: int = 0) -> Tensor:
-        networks = [base.get(task, {}) | dict(state_dict) for state_dict in state_dicts]
+        networks = [{**by_name[task].base, **state_dict} for state_dict in state_dicts]
         if large:
-            predictions = predict_one_by_one(of_task[task], networks, inputs[task][part])
+            predictions = predict_one_by_one(by_name[task].config, networks, inputs[task][part])
         else:
-            predictions = predict_networks(of_task[task], stack(networks), inputs[task][part])
+            predictions = predict_networks(by_name[task].config, stack(networks), inputs[task][part])
         return (predictions == splits[task][part].labels).double().mean(1)
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
         return validate(state_dicts, task, part=1)
 
-    seeds, runs = dataset["seed"], []
-    for spec in specs:
-        rows = [(i if trajectory else seeds[i], n) for n, i in enumerate(where["train"]) if names[i] == spec.name]
-        runs.append(list(dict(rows).values()))  # the last checkpoint of each seed
     task_loss = None
     if not large:
         task_loss = NetworkLoss(
             tokenizer,
             train,
-            list(zip(configs, layouts, strict=True)),
-            [(data[s.name].inputs(data[s.name].train), data[s.name].train.labels) for s in specs],
+            [(pair.config, layout) for pair, layout in zip(pairs, layouts, strict=True)],
+            _training_images(pairs),
         )
     vae_settings = {"kl_weight": 1e-3, "learns_noise": not large}
     if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
-        differ = train.weight_tokens.var(0)[train.padding_mask[0]].mean().item()
+        rows_of = [(train.task_of == t).nonzero().flatten() for t in range(len(pairs))]
+        spreads = [train.weight_tokens[rows].var(0)[train.padding_mask[rows[0]]] for rows in rows_of]
+        differ = torch.cat(spreads).mean().item()
         vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}
     if large:
         vae_settings["token_width"] = max(1, min(32, 500_000 // sum(sizes)))
-    measured = [dataset["metrics"][i]["validation"] for i in where["train"]]
+    seen = of_one_shape(
+        [features(images, pairs[t].data.train, len(spec.labels)) for spec, (t, *_) in zip(specs, numbers, strict=True)]
+    )
+    measured = [metrics["validation"] for pair in pairs for metrics in pair.metrics]
+    starts = itertools.accumulate((len(pair.weights["train"]) for pair in pairs), initial=0)
     source = Source(
         tokenizer,
         train,
         parts["held_out"],
-        runs,
+        [[start + row for row in pair.runs] for start, pair in zip(starts, pairs, strict=False)],
         targets[0],
         known,
         thresholds,
@@ -156,7 +196,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         max_train_steps=2000,
         samples=5 if large else 20,
         targets=targets,
-        features=of_one_shape([features(images, data[spec.name].train, len(spec.labels)) for spec in specs]),
+        features=[seen[t] for t in task_of],
         image_encoder={
             "id": MOBILENET,
             "revision": None,
@@ -165,13 +205,89 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoo: str, data_root
         accuracies=torch.tensor([torch.nan if value is None else value for value in measured]),
         validate=validate,
     )
-    for spec in specs:
-        counts = splits[spec.name][1].labels.bincount()
-        source.majority[spec.name] = (counts.max() / counts.sum()).item(), int(counts.sum())
-        scores = [dataset["metrics"][i]["test"] for i in where["train"] if names[i] == spec.name]
-        scores = [score for score in scores if score is not None]
-        source.zoo_scores[spec.name] = sum(scores) / len(scores)
+    for name, pair in by_name.items():
+        counts = splits[name][1].labels.bincount()
+        source.majority[name] = (counts.max() / counts.sum()).item(), int(counts.sum())
+        scores = [metrics["test"] for metrics in pair.metrics if metrics["test"] is not None]
+        source.zoo_scores[name] = sum(scores) / len(scores)
     return source
+
+
+def _check(zoos: Sequence[str], opened: Sequence[Dataset]) -> None:
+    places: dict[tuple[str, str], str] = {}
+    for zoo, rows in zip(zoos, opened, strict=True):
+        if len(rows[0]["arch"].get("input_shape", ())) != 3:
+            raise ValueError(
+                f"The zoo {zoo!r} holds no networks on images: its first row is {str(rows[0]['arch'])[:80]}. Only zoos of networks "
+                "on images train one generator together; give another zoo alone."
+            )
+        tasks = list(rows["task"])
+        for task in dict.fromkeys(tasks):
+            pair = task, rows[tasks.index(task)]["arch"]["name"]
+            if pair in places:
+                raise ValueError(
+                    f"The zoos {places[pair]!r} and {zoo!r} both have {pair[1]!r} networks of the task {task!r}; give one of them."
+                )
+            places[pair] = zoo
+
+
+def _networks(zoo: Dataset, load: Callable[[int], dict[str, ImageData]]) -> list[Networks]:
+    """Of each task of a zoo, which has one architecture; `load` gives the images of all tasks in a size."""
+    names, split, checkpoints, seeds = (list(zoo[key]) for key in ("task", "split", "checkpoint", "seed"))
+    metrics = zoo["metrics"]
+    last = max(checkpoint for checkpoint in checkpoints if checkpoint is not None)
+    found = []
+    for task in dict.fromkeys(names):
+        own = [i for i, name in enumerate(names) if name == task]
+        where = {part: [i for i in own if split[i] == part] for part in (*PARTS, "base")}
+        where["held_out"] = [i for i in where["held_out"] if checkpoints[i] == last]
+        spec, arch, provenance = get_task(task), zoo[own[0]]["arch"], zoo[own[0]]["provenance"]
+        trajectory = provenance.get("single_trajectory", False)
+        config = _config(arch, len(spec.labels))
+        units = permutation_spec(config)
+        data = load(config.input_shape[1])[task]
+        base, *_ = [*zoo_state_dicts(zoo, where["base"]), {}]
+        weights, statistics = {}, []
+        for part in PARTS:
+            rows, weights[part] = where[part], []
+            for row in tqdm(zoo_state_dicts(zoo, rows), f"align {part} of {task}", len(rows)):
+                # counters of batches, which nothing reads, are not generated; torch does without them
+                state_dict = {n: t for n, t in row.items() if not n.endswith(BUFFERS if trajectory else BUFFERS[2])}
+                reference = weights["train"][0] if weights["train"] else state_dict
+                weights[part].append(state_dict if trajectory else align(state_dict, reference, units))
+                if trajectory and part == "train":
+                    statistics.append({n: t for n, t in row.items() if n.endswith(BUFFERS[:2])})
+        if statistics:
+            base = base | {n: torch.stack([one[n] for one in statistics]).mean(0) for n in statistics[0]}
+        runs = {i if trajectory else seeds[i]: n for n, i in enumerate(where["train"])}  # their last checkpoints
+        found.append(
+            Networks(
+                spec,
+                arch["name"],
+                config,
+                replace(data, mean=provenance["mean"], std=provenance["std"]),
+                weights,
+                list(runs.values()),
+                [metrics[i] for i in where["train"]],
+                base,
+                trajectory,
+            )
+        )
+    return found
+
+
+def _training_images(pairs: Sequence[Networks]) -> list[tuple[Tensor, Tensor]]:
+    """What networks read and its classes; of pairs that read the same it is in memory once."""
+    known: dict[tuple, Tensor] = {}
+    for pair in pairs:
+        key = _reads(pair)
+        if key not in known:
+            known[key] = pair.data.inputs(pair.data.train)
+    return [(known[_reads(pair)], pair.data.train.labels) for pair in pairs]
+
+
+def _reads(pair: Networks) -> tuple:
+    return pair.spec.name, tuple(pair.config.input_shape), tuple(pair.data.mean), tuple(pair.data.std)
 
 
 def features(encoder: ImageEncoder, images: Images, classes: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..targets.mixed import with_architecture
 from .batches import StepRandom, ZooTensors
 
 
@@ -84,7 +85,8 @@ def diffusion_loss(
     Eq. 5 on a batch of posterior samples; `scheduler.config.prediction_type` decides what the denoiser predicts.
 
     Where the prompt is dropped, the zoo's shared start is what shall be generated (or any row, if there is none).
-    Guidance then moves along the way from the start to the task's weights: 0 is the start, 1 the task's.
+    Guidance then moves along the way from the start to the task's weights: 0 is the start, 1 the task's. The architecture is
+    never dropped: decoders of other ones could not read what is generated.
 
     Args:
         latents, log_std (`torch.FloatTensor` of shape `(R, channels, height, width)`): Posterior means in unit scale,
@@ -92,9 +94,12 @@ def diffusion_loss(
         conditions (`torch.FloatTensor` of shape `(b, E)`, *optional*): Of the rows that the step draws. Default: prompts.
     """
     rows = zoo.draw_rows(random)
-    prompts = zoo.prompts(zoo.task_of[rows], random, WIDE_PROMPT_NOISE) if conditions is None else conditions
+    tasks = zoo.task_of[rows]
+    prompts = zoo.prompts(tasks, random, WIDE_PROMPT_NOISE) if conditions is None else conditions
     dropped = random.uniform(purpose=6) < PROMPT_DROPOUT
     prompts = prompts * (~dropped)[:, None]
+    if zoo.architecture_codes is not None:
+        prompts = with_architecture(prompts, zoo.architecture_codes[tasks])
     if zoo.start is not None:
         rows = torch.where(dropped, zoo.start, rows)
     shape = latents.shape[1:]

@@ -15,6 +15,7 @@ from ..models.modeling_weight_vae import WeightVAE
 from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
+from ..targets.mixed import target_numbers
 from ..targets.stacked import images_last, stacked_logits
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
@@ -40,7 +41,7 @@ class Source:
     A zoo with all that training asks about it.
 
     Args:
-        train, held_out: The rows, see [`ZooTensors`].
+        train, held_out: The rows, see [`ZooTensors`]; what has several architectures is a task of its own for each.
         runs: per task of `train`, one row number per independent run.
         vae_steps: Steps of the autoencoder with `function_loss`, see [`~training.objectives.vae_loss`].
         task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does, and the weight of
@@ -50,7 +51,7 @@ class Source:
         thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
-        targets: All targets, where the zoo has several; `target` is the first of them.
+        targets: All targets, where the zoo has several: that of each task of `train`; `target` is the first of them.
         accuracies: `(R,)`, of the rows of `train` on validation data, NaN where it was not measured.
         validate: As `score` on validation data; absent where that takes too long for hundreds of networks.
         features: Per task `(C, pool, F)`: examples of its classes as `image_encoder` sees them, for a dataset encoder.
@@ -101,7 +102,16 @@ class Source:
         prompts = self.train.prompt_embeds
         self.train = with_datasets(self.train, encoder, self.features, seed)
         kinds = [(own, both[len(own) :]) for own, both in zip(prompts, self.train.prompt_embeds, strict=True)]
-        self.known_tasks, self.thresholds = known_tasks(self.known_tasks, kinds)
+        firsts = [target_numbers(task)[0] for task in self.known_tasks]
+        self.known_tasks, self.thresholds = known_tasks(self.known_tasks, [kinds[t] for t in firsts])
+
+    def asked_for(self, task: str) -> dict:
+        """What a call of the pipeline says of a task of `train` beside its condition: `labels`, and its `architecture` where
+        the known task has several."""
+        number = self.train.tasks.index(task)
+        known = next(k for k in self.known_tasks if k["name"] == task or number in k.get("targets", ()))
+        asked = {"labels": list(known["labels"])}
+        return asked | ({"architecture": self.targets[number]["name"]} if "targets" in known else {})
 
     def _scale(self, name: str) -> tuple[float, float]:
         entry = next(e for e in self.tokenizer.to_dict()["layouts"][0] if e["name"] == name)

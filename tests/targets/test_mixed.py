@@ -1,0 +1,38 @@
+"""Which networks a task has, and what a generator is told of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen.targets.mixed import architecture_codes, target_number, target_numbers, with_architecture
+
+
+TARGETS = [{"name": "lenet"}, {"name": "cnn2"}, {"name": "lenet"}, {"name": "cnn3"}]
+ONE, TWO = {"name": "one", "target": 1}, {"name": "two", "targets": [2, 3]}
+
+
+def test_a_task_has_one_network_or_several():
+    assert [target_numbers(task) for task in ({"name": "old"}, ONE, TWO)] == [[0], [1], [2, 3]]
+    assert [target_number(TARGETS, task) for task in (ONE, TWO)] == [1, 2]  # the first is the default
+    assert target_number(TARGETS, ONE, "cnn2") == 1 and target_number(TARGETS, TWO, "cnn3") == 3
+    with pytest.raises(ValueError, match=r"task 'two' must be one of \['lenet', 'cnn3'\], got 'cnn2'"):
+        target_number(TARGETS, TWO, "cnn2")  # which another task has
+    with pytest.raises(ValueError, match="must be none"):
+        target_number([{"kind": "adapter"}], {"name": "old"}, "lenet")
+
+
+def test_codes_are_those_of_architectures_and_only_where_a_task_has_several():
+    assert architecture_codes(TARGETS, [ONE, {"name": "other", "target": 3}], 8) is None
+    codes = architecture_codes(TARGETS, [ONE, TWO], 8)
+    assert torch.equal(codes, torch.eye(8)[[0, 1, 0, 2]])
+    with pytest.raises(ValueError, match="size 2 .* got 3"):
+        architecture_codes(TARGETS, [ONE, TWO], 2)
+
+
+def test_prompt_and_architecture_count_alike():
+    embeds, codes = F.normalize(torch.randn(3, 8), dim=-1), torch.eye(8)[:3]
+    assert with_architecture(embeds, None) is embeds
+    both = with_architecture(embeds, codes)
+    torch.testing.assert_close((both * embeds).sum(-1), (both * codes).sum(-1))
+    torch.testing.assert_close(both.norm(dim=-1), torch.ones(3))
+    assert torch.equal(with_architecture(torch.zeros(3, 8), codes), codes)
