@@ -288,7 +288,7 @@ def main():
         "predictor": ranking(pipe, source, args.seed) if args.predictor_steps else None,
         "seconds": time.perf_counter() - start,
     }
-    folder = args.output_dir / "pipeline"
+    folder, first = args.output_dir / "pipeline", get_task(source.known_tasks[0]["name"]) if args.zoo else None
     architectures = list(dict.fromkeys(target["name"] for target in source.targets or () if "name" in target))
     pipe.to(torch.float16 if args.zoo else torch.float32)
     pipe.save_pretrained(folder)
@@ -298,12 +298,12 @@ def main():
         folder,
         "generator",
         base_model=source.target.get("base_model"),
-        prompt="sentiment on SST-2" if args.zoo else "which digit is it",
+        prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         command="accelerate launch"
         + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
         + " examples/train_d2nwg.py"
-        + (f" --zoo {' '.join(args.zoo)}" if args.zoo else ""),
+        + (f" --zoo {' '.join(map(told_place, args.zoo))}" if args.zoo else ""),
         notes=notes,
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={
@@ -315,6 +315,11 @@ def main():
     )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
+
+
+def told_place(place: str) -> str:
+    """An absolute folder is each machine's own, and told by its name."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:

@@ -3,13 +3,14 @@
     python examples/reproduce/tiny_zoo.py --generator runs/cnns/pipeline --zoo runs/images --out tiny_zoo.json
 
 Replaced: STL-10 by Fashion-MNIST; CLIP's image features by those of a small MobileNet; the published zoo by one that
-`examples/build_network_zoo.py` trains in a short protocol. The paper's figures stand beside ours.
+`examples/build_network_zoo.py` trains in a short protocol. The paper's figures stand beside ours. Tasks whose rows of the same
+generator, zoo, `--n` and `--seed` are in `--out` already are left as they are; `--card` puts the table into a generator's card.
 """
 
 import argparse
 import functools
-import sys
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import reconstruct_members
 from hf_weightgen.evaluation.network_table import METHODS, network_table
 from hf_weightgen.evaluation.table import format_table, write_results
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
 from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import target_number
@@ -30,6 +32,17 @@ from hf_weightgen.zoo.schema import zoo_state_dicts
 
 
 SHOTS = 5
+TABLE = "D2NWG, Tables 4 and 20"
+COLUMNS = (
+    "zoo", "zoo_held_out", "generated", "generated_from_prompts", "reconstruction", "random_init", "zoo_average", "gaussian", "kde",
+    "pca_flow", "p_diff", "noise_0.15", "noise_at_distance", "generated_shuffled", "generated_mismatched",
+)  # fmt: skip
+LEGEND = (
+    "Test accuracy in points. Every generated network is shown five other images of each class. Best: chosen on validation images, of as "
+    "many members as samples. L2: median distance to the nearest member, and of members to the nearest one of another run; "
+    "spread: median distance of two samples, of two members; both with hidden units matched. `noise_at_distance`: members with noise, as "
+    "far from the zoo as the samples. Shuffled and mismatched: the examples have wrong classes, or are those of another task."
+)
 PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
     "mnist": (82.82, 83.92),
     "svhn": (67.57, 61.81),
@@ -38,10 +51,16 @@ PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
 
 
 def main():
-    args = make_parser(__doc__, n=50).parse_args()
+    parser = make_parser(__doc__, n=50)
+    parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
+    args = parser.parse_args()
     pipe, specs, configs, data, zoo, architecture = load(args)
-    rows = []
-    for spec in specs:
+    command, rows = command_of(args), []
+    if args.out.exists():
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        rows = before["rows"] if before["command"] == command else []
+    done = {row["task"] for row in rows}
+    for spec in (spec for spec in specs if spec.name not in done):
         others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
 
         def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
@@ -52,7 +71,40 @@ def main():
         print(format_table(table), flush=True)
         if spec.name in PAPER:
             print("paper, Table 20: zoo {}, D2NWG {}\n".format(*PAPER[spec.name]))
-        write_results(args.out, "D2NWG, Tables 4 and 20", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, TABLE, command, args.seed, rows)
+    if args.card:
+        write_results(args.card / EVALUATION, TABLE, command, args.seed, rows)
+        add_results(args.card, rows, {spec.name: spec.dataset_id for spec in specs})
+        add_figures(args.card, "Figures", command, summary(rows))
+
+
+def command_of(args) -> str:
+    """The command that makes the rows again; absolute folders are each machine's own, and told by their names."""
+    told = [
+        f"--{name} {Path(value).name if Path(value).is_absolute() else value}"
+        for name, value in (("generator", args.generator), ("zoo", args.zoo))
+    ]
+    return " ".join(
+        ["python examples/reproduce/tiny_zoo.py", *told, f"--n {args.n} --seed {args.seed} --out results.json"]
+    )
+
+
+def summary(rows: Sequence[Mapping]) -> str:
+    """A line per task in Markdown: means in points, 95 % intervals in brackets."""
+    head = ["task", *COLUMNS, "generated - zoo", "best of n / zoo", "L2 / zoo", "spread / zoo"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        row = {own["method"]: own for own in rows if own["task"] == task}
+        made, zoo = row["generated"], row["zoo"]
+        means = [row[name]["mean"] if name in row else None for name in COLUMNS]
+        cells = [task, *("-" if mean is None else f"{mean:.1f}" for mean in means)]
+        low, high = made["difference"]["ci95"]
+        cells.append(f"{made['difference']['mean']:+.1f} [{low:+.1f}, {high:+.1f}]")
+        cells.append(f"{made['best']:.1f} / {zoo['best']:.1f}")
+        cells.append(f"{made['novelty_l2']:.1f} / {zoo['novelty_l2_other_runs']:.1f}")
+        cells.append(f"{made['spread_l2']:.1f} / {zoo['spread_l2']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", LEGEND])
 
 
 def table_of(args, pipe, config, data, zoo, generate, methods: Sequence[str] = METHODS) -> list[dict]:

@@ -39,7 +39,7 @@ from .sources import Source, known_tasks, told
 TOKEN_SIZE = 64
 LARGE = 65_536  # scalars of a network from which it reads images alone, and none in training
 TEST_IMAGES = 1000  # that such a network is scored on
-POOL = 60  # images of each class that the dataset encoder sees in training
+POOL = 200  # images of each class that the dataset encoder sees in training
 PARTS = ("train", "held_out")
 
 
@@ -165,7 +165,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
             [(pair.config, layout) for pair, layout in zip(pairs, layouts, strict=True)],
             _training_images(pairs),
         )
-    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large}
+    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large, "token_width": 12}
     if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
         rows_of = [(train.task_of == t).nonzero().flatten() for t in range(len(pairs))]
         spreads = [train.weight_tokens[rows].var(0)[train.padding_mask[rows[0]]] for rows in rows_of]
