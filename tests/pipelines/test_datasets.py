@@ -5,6 +5,7 @@ import torch
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.pipelines.examples import channels_of
 from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import pack_embeddings
 from hf_weightgen.targets.image_encoders import load_image_encoder
@@ -91,6 +92,32 @@ def test_the_nearest_known_task_says_which_network_is_made(text_pipe):
         assert output.targets[index] == {"kind": "network", "config": settings}
     only = output.select([1])
     assert only.targets == output.targets[1:] and only.to_model().config.input_shape == [4]
+
+
+def test_images_with_colours_get_a_network_that_reads_colours(text_pipe, encoder):
+    kept = text_pipe.config.targets
+    prompts = encoder.embed(["which digit is it", "is the speaker happy"])
+    try:
+        seen = [{"kind": "network", "config": {"input_shape": [n, 8, 8], "layers": []}, "layout": 0} for n in (1, 3)]
+        text_pipe.register_to_config(targets=seen)
+        for channels, names in (
+            (1, ["digits"] * 2),
+            (3, ["moods"] * 2),
+            (None, ["digits", "moods"]),
+            (4, ["digits", "moods"]),
+        ):
+            assert [near[0][0]["name"] for near in text_pipe.nearest_tasks(prompts, channels)] == names
+    finally:
+        text_pipe.register_to_config(targets=kept)
+
+
+def test_channels_are_those_of_the_pictures():
+    grey, coloured = images(2, 0), images(1, 0, "RGB")
+    assert (
+        channels_of([grey, grey]) == 1 and channels_of([grey, coloured]) == 3 and channels_of([["a"], ["b"]]) is None
+    )
+    assert channels_of([[torch.zeros(1, 4, 4, dtype=torch.uint8)]]) == 1
+    assert channels_of([[coloured[0].convert("P")]]) == 3 and channels_of([[grey[0].convert("1")]]) == 1
 
 
 def test_it_is_saved_and_loaded_with_its_dataset_encoder(text_pipe, encoder, tmp_path):

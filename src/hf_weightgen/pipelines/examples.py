@@ -53,6 +53,15 @@ def examples_of(dataset: object) -> tuple[list[str], list[list]]:
     return list(by_class), list(by_class.values())
 
 
+def channels_of(examples: Sequence[Sequence]) -> int | None:
+    """Of the images among examples by class: 1 if all of them are grey, 3 if one has colours; `None` if they are no images."""
+    flat = [example for own in examples for example in own]
+    if _kind(flat[0]) != "images":
+        return None
+    grey = (len(one) == 1 if isinstance(one, Tensor) else len(one.getbands()) == 1 and one.mode != "P" for one in flat)
+    return 1 if all(grey) else 3
+
+
 def _of_dataset(dataset: Dataset) -> dict[str, list]:
     labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
     inputs = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]

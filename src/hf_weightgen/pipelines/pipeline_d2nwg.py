@@ -22,7 +22,7 @@ from ..models.modeling_weight_vae import WeightVAE
 from ..targets.mixed import architecture_codes, target_number, with_architecture
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
-from .examples import examples_of
+from .examples import channels_of, examples_of
 from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import MismatchWarning, WeightGenPipeline
@@ -232,17 +232,21 @@ class D2NWGPipeline(WeightGenPipeline):
 
         # 1. Conditions: embeddings of prompts and examples; class names from the caller or from the nearest known task
         prompts = self.check_prompts(prompt) if prompt is not None else []
-        class_embeds, names = None, self.check_labels(labels, len(prompts if prompt_embeds is None else prompt_embeds))
+        class_embeds, channels, names = (
+            None,
+            None,
+            self.check_labels(labels, len(prompts if prompt_embeds is None else prompt_embeds)),
+        )
         embeds = self.encoder.embed(prompts) if prompts else prompt_embeds
         if embeds is not None and embeds.shape[1] != size:
             raise ValueError("This generator reads datasets, no prompts: give `dataset` alone.")
         if dataset is not None:
-            names, of_dataset, class_embeds = self.encode_dataset(dataset)
+            names, of_dataset, class_embeds, channels = self.encode_dataset(dataset)
             embeds = of_dataset if embeds is None else F.normalize(embeds + of_dataset, dim=-1)
             names, prompts = [names], prompts or [f"(dataset of {', '.join(names)})"]
         prompts = prompts or ["(embedding)"] * len(embeds)
         embeds = embeds.float().cpu()
-        nearest = self.nearest_tasks(embeds)
+        nearest = self.nearest_tasks(embeds, channels)
         for text, near in zip(prompts, nearest, strict=True):
             self.warn_if_far(text, near)
         names = names or [list(near[0][0]["labels"]) for near in nearest]
@@ -320,8 +324,11 @@ class D2NWGPipeline(WeightGenPipeline):
                 latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
         return latents.float()
 
-    def encode_dataset(self, dataset: object) -> tuple[list[str], Tensor, Tensor]:
-        """Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)` and those of its classes `(1, C, E)`."""
+    def encode_dataset(self, dataset: object) -> tuple[list[str], Tensor, Tensor, int | None]:
+        """
+        Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)`, those of its classes `(1, C, E)`, and the channels of
+        its images, if it has any.
+        """
         if self.dataset_encoder is None:
             raise ValueError("This generator reads prompts, no datasets: it has no dataset encoder.")
         names, examples = examples_of(dataset)
@@ -345,7 +352,7 @@ class D2NWGPipeline(WeightGenPipeline):
         of_dataset, of_classes = encoder.encode(
             padded.to(encoder.device, encoder.dtype), mask.to(encoder.device), of_names
         )
-        return names, of_dataset.float().cpu(), of_classes.float()
+        return names, of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
 
     def _fits(self, prompt: str, embed: Tensor, class_embeds: Tensor, names: list[str]) -> bool:
         """Whether class names fit a prompt; warns if they do not."""

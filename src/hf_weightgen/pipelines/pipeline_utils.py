@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..hub.errors import explained
 from ..hub.publish import copy_for_publication, upload
 from ..targets.base_models import MINILM, TextEncoder, load_encoder, unpack_embeddings
 from ..targets.image_encoders import ImageEncoder, load_image_encoder
+from ..targets.mixed import target_numbers
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 
 
@@ -279,13 +280,26 @@ class WeightGenPipeline(DiffusionPipeline):
                 raise ValueError(f"`labels` names {twice[0]!r} twice in {names!r}; classes need different names.")
         return each
 
-    def nearest_tasks(self, prompt_embeds: Tensor, count: int = 3) -> list[list[tuple[dict, float]]]:
-        """For each prompt embedding `(N, E)` the known tasks with the nearest prompts, and their cosines."""
+    def nearest_tasks(
+        self, prompt_embeds: Tensor, channels: int | None = None, count: int = 3
+    ) -> list[list[tuple[dict, float]]]:
+        """
+        For each prompt embedding `(N, E)` the known tasks with the nearest prompts, and their cosines.
+
+        Args:
+            channels: Of images that the networks shall read; where no task has such networks, it does not count.
+        """
         known = self.config["tasks"]
+        known = [task for task in known if channels in (None, self._channels(task))] or known
         size = prompt_embeds.shape[1]
         centres = [unpack_embeddings(task["prompt_embeddings"], size) for task in known]  # (centres, E), unit length
         cosines = torch.stack([(prompt_embeds @ own.mT).amax(1) for own in centres], 1)  # (N, tasks)
         return [[(known[j], row[j].item()) for j in row.argsort(descending=True)[:count].tolist()] for row in cosines]
+
+    def _channels(self, task: Mapping) -> int | None:
+        """Of the images that a task's networks read."""
+        shape = self.targets[target_numbers(task)[0]].get("config", {}).get("input_shape", ())
+        return shape[0] if len(shape) == 3 else None
 
     def warn_if_far(self, prompt: str, nearest: list[tuple[dict, float]]) -> None:
         """Warns if a prompt is far from all known tasks."""
