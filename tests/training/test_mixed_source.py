@@ -83,7 +83,7 @@ def pipe(source, encoder, sees):
     torch.manual_seed(0)
     source, sizes = replace(source), {"latent_shape": [1, 2, 2], "token_width": 4, "hidden_size": 32}
     sizes |= {"token_size": source.tokenizer.token_size, "num_body_tokens": source.tokenizer.num_all_body_tokens}
-    vae = WeightVAE(WeightVAEConfig(**sizes, **source.vae_settings))
+    vae = WeightVAE(WeightVAEConfig(**source.vae_settings | sizes))
     source.initialise(vae)
     fit(vae, lambda step: vae_loss(vae, source.train, draws(step)), 80)
     fit_latent_scale(vae, *encode(vae, source.train))

@@ -50,7 +50,8 @@ def write_card(
         kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network), `"generator"` (a pipeline) or
             `"zoo"` (a dataset).
         generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
-        prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`.
+        prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`; and
+            so it says of a network that it reads images.
         facts: further lines of the details; notes: paragraphs under "Limits".
     """
     library = {"adapter": "peft", "network": "transformers", "generator": "hf_weightgen"}

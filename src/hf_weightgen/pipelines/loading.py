@@ -289,7 +289,7 @@ def _check_target(target: object) -> None:
                 )
             LoraConfig(**lora)
         case {"kind": "network", "config": {**settings}}:
-            known = {"input_shape", "layers", "activation"}
+            known = {"input_shape", "layers", "activation", "image_mean", "image_std"}
             if settings.keys() - known:
                 raise ValueError(f"`target` {str(target)[:200]} describes no network of {sorted(known)}.")
             TargetConfig(**settings, num_classes=2)

@@ -157,6 +157,7 @@ class WeightGenOutput(BaseOutput):
             kind=target["kind"],
             base_model=target.get("base_model"),
             labels=names,
+            examples="images" if target.get("config", {}).get("image_mean") else None,
             prompt=self.prompts[index],
             seed=self.seeds[index],
             task=self.tasks[index],

@@ -14,9 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -52,9 +54,10 @@ class TargetConfig(PreTrainedConfig):
             pixels and pads channels with zeros. A `linear` layer named `head` with `num_classes` features follows them.
         num_classes: Features of the head. (`num_labels` and `id2label` follow from it unless given.)
         activation: One of [`ACTIVATIONS`].
+        image_mean, image_std: Of each channel, from 0 to 1, by which images are standardised, see [`TargetModel.preprocess`].
 
     Raises:
-        ValueError: If a layer is none of these, or the activation is unknown.
+        ValueError: If a layer is none of these, the activation is unknown, or mean and std do not fit the channels.
     """
 
     model_type = "weightgen_target"
@@ -66,6 +69,8 @@ class TargetConfig(PreTrainedConfig):
     )
     num_classes: int = 10
     activation: str = "tanh"
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
 
     @property
     def network(self) -> list[dict]:
@@ -78,6 +83,16 @@ class TargetConfig(PreTrainedConfig):
         shape = self.input_shape
         if len(shape) not in (1, 3) or not all(_is_size(size) for size in shape):
             raise ValueError(f"`input_shape` must be [features] or [channels, height, width], got {shape}.")
+        scales = [self.image_mean, self.image_std]
+        if scales != [None, None] and not (
+            len(shape) == 3
+            and all(own and len(own) == shape[0] and all(map(math.isfinite, own)) for own in scales)
+            and min(self.image_std) > 0
+        ):
+            raise ValueError(
+                f"`image_mean` and `image_std` must have a number for each of the channels of {list(shape)}, stds above 0, got "
+                f"{self.image_mean} and {self.image_std}."
+            )
         names = [*_check_layers(self.layers), "head"]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or len(names) > MOST_LAYERS:
@@ -208,6 +223,34 @@ class TargetModel(PreTrainedModel):
         """
         logits = self._run(self.config.network, inputs)
         return TargetOutput(F.cross_entropy(logits, labels) if labels is not None else None, logits)
+
+    def preprocess(self, images: Sequence) -> Tensor:
+        """
+        Images as the network reads them: in its size and colours, and standardised as those were that it is made for.
+
+        Args:
+            images: Pictures of PIL, or tensors of bytes `(channels, height, width)` with 1 or 3 channels.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n, *input_shape)`.
+
+        Raises:
+            ValueError: If the config does not tell how images are standardised.
+        """
+        config = self.config
+        if config.image_mean is None:
+            raise ValueError(
+                "The config has no `image_mean` and `image_std`: how images are standardised is not known."
+            )
+        channels, height, width = config.input_shape
+        pixels = []
+        for image in images:
+            if isinstance(image, Tensor):
+                image = Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).cpu().numpy())
+            image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+            pixels.append(torch.from_numpy(np.asarray(image).copy()).view(height, width, channels).movedim(-1, 0))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+        return ((torch.stack(pixels).float() / 255 - mean) / std).to(self.device)
 
     def _run(self, layers: Sequence[dict], x: Tensor) -> Tensor:
         activation = getattr(F, self.config.activation)

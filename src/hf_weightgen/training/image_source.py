@@ -123,7 +123,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
     train = parts["train"]
     layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(len(pairs))]
     targets = [
-        {"kind": "network", "name": pair.name, "config": _settings(pair.config), "layout": layout}
+        {"kind": "network", "name": pair.name, "config": _settings(pair), "layout": layout}
         for pair, layout in zip(pairs, layouts, strict=True)
     ]
     known, thresholds = known_tasks(
@@ -308,9 +308,11 @@ def _config(arch: Mapping, classes: int) -> TargetConfig:
     return architecture(arch["name"], classes, **settings)
 
 
-def _settings(config: TargetConfig) -> dict:
+def _settings(pair: Networks) -> dict:
     return {
-        "input_shape": list(config.input_shape),
-        "layers": [dict(layer) for layer in config.layers],
-        "activation": config.activation,
+        "input_shape": list(pair.config.input_shape),
+        "layers": [dict(layer) for layer in pair.config.layers],
+        "activation": pair.config.activation,
+        "image_mean": list(pair.data.mean),
+        "image_std": list(pair.data.std),
     }
