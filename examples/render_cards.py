@@ -1,8 +1,8 @@
-"""Renders the cards of what is published: the text generator, an adapter and a network that were generated, and the zoo.
+"""Renders the cards of what is published: the generators of adapters and of networks, one of each that was generated, and the zoo.
 
     python examples/render_cards.py model_cards
 
-The zoo's figures come from its rows in `model_cards/text-zoo`; those of the generator stand beside it.
+The zoo's figures come from its rows in `model_cards/text-zoo`; those of the generators stand beside them.
 """
 
 import argparse
@@ -19,6 +19,9 @@ from hf_weightgen.zoo.folder import describe
 
 
 NAMESPACE = "hf-weightgen"
+NETWORKS = (
+    Path(__file__).resolve().parents[1] / "model_cards" / "network-generator"
+)  # the generator of networks itself
 ZOO_NOTES = [
     "Adapters have r = 4 on query and value of the last two of six layers. 26 text classification tasks have six seeds\n"
     "each; the last seed is held out. The two later of three late checkpoints are kept, in float16; the row `base` is the\n"
@@ -32,13 +35,20 @@ ZOO_COMMAND = "python examples/build_zoo.py runs/text-zoo --bf16 --merge model_c
 
 def render(out: Path, zoo: Path) -> None:
     """Writes `out/NAME/README.md` for each."""
-    folders = {name: out / name for name in ("text-generator", "text-adapter", "network", "text-zoo")}
+    folders = {
+        name: out / name for name in ("text-generator", "text-adapter", "network", "network-generator", "text-zoo")
+    }
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     pipe = WeightGenPipeline.from_pretrained("bundled")
     pipe.set_progress_bar_config(disable=True)
     shutil.copyfile(pipe.folder / "README.md", folders["text-generator"] / "README.md")
     readdress(folders["text-generator"], f"{NAMESPACE}/text-generator")
+
+    card = folders["network-generator"] / "README.md"
+    if card.parent.resolve() != NETWORKS:
+        shutil.copyfile(NETWORKS / "README.md", card)
+    readdress(card.parent, f"{NAMESPACE}/network-generator")
 
     output = pipe("sentiment on SST-2", generator=torch.Generator().manual_seed(0))
     output.generator_id = f"{NAMESPACE}/text-generator"

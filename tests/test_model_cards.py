@@ -4,12 +4,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import DatasetCard, ModelCard
+
+from hf_weightgen import WeightGenPipeline
 
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
-NAMES = ["network", "text-adapter", "text-generator", "text-zoo"]
+NAMES = ["network", "network-generator", "text-adapter", "text-generator", "text-zoo"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,28 @@ def test_a_card_has_what_the_hub_reads(name):
     card = (DatasetCard if name == "text-zoo" else ModelCard).load(CARDS / name / "README.md")
     assert card.data.license == "apache-2.0" and "hf_weightgen" in card.data.tags and "## Limits" in card.text
     assert f"hf-weightgen/{name}" in card.text
-    if name != "network":
+    if not name.startswith("network"):
         assert "all-MiniLM-L6-v2" in card.data.to_yaml()
     if name == "text-generator":
         results = {result.dataset_name: result for result in card.data.eval_results}
         assert len(results) == 26 and card.data.library_name == "hf_weightgen" and card.data.datasets
+    if name == "network-generator":
+        assert {result.dataset_name for result in card.data.eval_results} == {
+            "mnist",
+            "fashion_mnist",
+            "svhn",
+            "cifar10",
+        }
     if name == "text-adapter":
         assert card.data.library_name == "peft" and card.data["base_model_relation"] == "adapter"
+
+
+def test_the_published_generator_of_networks_makes_networks():
+    folder = CARDS / "network-generator"
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 10e6
+    pipe = WeightGenPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    for task, channels in (("digits of MNIST", 1), ("objects of CIFAR-10", 3)):
+        output = pipe(task, num_samples=2, generator=torch.Generator().manual_seed(0))
+        logits = [output.to_model(i)(torch.rand(3, channels, 28, 28)).logits for i in range(2)]
+        assert logits[0].shape == (3, 10) and not torch.allclose(logits[0], logits[1])

@@ -41,6 +41,7 @@ def test_the_set_up_commands_are_those_of_ci_and_make():
 
 def test_python_snippets_run(tmp_path, monkeypatch, hub):
     """In the order of the page and in one namespace, as a reader would run them; the Hub is one on loopback."""
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for snippet in SNIPPETS:

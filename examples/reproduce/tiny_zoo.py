@@ -74,7 +74,7 @@ def main():
         write_results(args.out, TABLE, command, args.seed, rows)
     if args.card:
         write_results(args.card / EVALUATION, TABLE, command, args.seed, rows)
-        add_results(args.card, rows, {spec.name: spec.dataset_id for spec in specs})
+        add_results(args.card, rows, {spec.name: spec.dataset_id for spec in specs}, "image-classification")
         add_figures(args.card, "Figures", command, summary(rows))
 
 

@@ -130,13 +130,19 @@ def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None, re
     path.write_text(PLACE.sub(lambda found: found[1] + place, text, count=1), encoding="utf-8")
 
 
-def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[str, str] | None = None) -> None:
+def add_results(
+    folder: str | Path,
+    rows: Sequence[Mapping],
+    datasets: Mapping[str, str] | None = None,
+    task_type: str = "text-classification",
+) -> None:
     """
     Puts the honest table into the metadata of a card, as the `model-index` that the Hub reads; earlier results are replaced.
 
     Args:
         rows: Rows of the table: `task`, `method`, `metric`, `mean` in points, `n`.
         datasets: Hub id of each task's dataset; a task without one is named by itself.
+        task_type: What the Hub calls tasks of this kind.
     """
     wanted = {"task": str, "method": str, "metric": str, "mean": (int, float), "n": int}
     for row in rows:
@@ -153,7 +159,7 @@ def add_results(folder: str | Path, rows: Sequence[Mapping], datasets: Mapping[s
     card = ModelCard.load(path)
     card.data.eval_results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=task_type,
             dataset_type=(datasets or {}).get(row["task"], row["task"]),
             dataset_name=row["task"],
             dataset_config=row["task"],  # two tasks of one dataset would otherwise become one
