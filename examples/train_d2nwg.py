@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from hf_weightgen.evaluation.accuracy import rank_correlation
 from hf_weightgen.evaluation.baselines import average, gaussian
-from hf_weightgen.hub.cards import write_card
+from hf_weightgen.hub.cards import told_place, write_card
 from hf_weightgen.models.modeling_dataset_encoder import ALIGNMENTS, POOLINGS, DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_predictor import AccuracyPredictor, AccuracyPredictorConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
@@ -315,11 +315,6 @@ def main():
     )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
-
-
-def told_place(place: str) -> str:
-    """An absolute folder is each machine's own, and told by its name."""
-    return Path(place).name if Path(place).is_absolute() else place
 
 
 def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:

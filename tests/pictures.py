@@ -19,6 +19,11 @@ def images(count: int, seed: int, mode: str = "L", side: int = 8) -> list[Image.
     return [Image.fromarray(pixels, mode) for pixels in draw.integers(0, 256, shape, dtype=np.uint8)]
 
 
+def in_two_tones(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Dark and light ones in turn, as [`write`] labels them."""
+    return [p.point(lambda v, low=128 * (i % 2): low + v // 2) for i, p in enumerate(pictures)]
+
+
 def write(folder: Path, **splits: list[Image.Image]) -> TaskSpec:
     """A dataset in Parquet with two classes in turn, and its spec."""
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["dark", "light"])})

@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import evaluate_generator
 from hf_weightgen.evaluation.table import format_table, write_results
-from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results, told_place
 from hf_weightgen.targets.tasks import TASKS, get_task, load_task_spec
 from hf_weightgen.zoo.tasks import TEST_LIMIT, load_tasks
 
@@ -88,7 +88,7 @@ def command_of(args) -> str:
     """The command that makes the rows again; absolute folders are each machine's own, and told by their names."""
     parts = ["python examples/reproduce/text_table.py"]
     parts += [f"--generator {args.generator}"] * (args.generator != "bundled")
-    parts += [f"--zoo {Path(args.zoo).name if Path(args.zoo).is_absolute() else args.zoo}"] if args.zoo else []
+    parts += [f"--zoo {told_place(args.zoo)}"] if args.zoo else []
     parts += ["--tasks " + " ".join(Path(name).name for name in args.tasks)] if args.tasks else []
     parts += [f"--best_of {args.best_of}"] if args.best_of else []
     return " ".join([*parts, f"--n {args.n} --seed {args.seed}", *["--bf16"] * args.bf16])

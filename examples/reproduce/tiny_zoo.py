@@ -19,7 +19,7 @@ from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import reconstruct_members
 from hf_weightgen.evaluation.network_table import METHODS, network_table
 from hf_weightgen.evaluation.table import format_table, write_results
-from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results, told_place
 from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import target_number
@@ -55,12 +55,15 @@ def main():
     parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
     args = parser.parse_args()
     pipe, specs, configs, data, zoo, architecture = load(args)
-    command, rows = command_of(args), []
-    if args.out.exists():
-        before = json.loads(args.out.read_text(encoding="utf-8"))
-        rows = before["rows"] if before["command"] == command else []
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"command": ""}
+    kept = before["command"].startswith(command_of(args))
+    rows, commands = (before["rows"], [before["command"]]) if kept else ([], [])
     done = {row["task"] for row in rows}
-    for spec in (spec for spec in specs if spec.name not in done):
+    missing = [spec for spec in specs if spec.name not in done]
+    if missing:  # `--tasks` also says of what mismatched examples may be
+        commands.append(command_of(args) + (f" --tasks {' '.join(args.tasks)}" if args.tasks else ""))
+    command = " && ".join(commands)
+    for spec in missing:
         others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
 
         def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
@@ -79,14 +82,9 @@ def main():
 
 
 def command_of(args) -> str:
-    """The command that makes the rows again; absolute folders are each machine's own, and told by their names."""
-    told = [
-        f"--{name} {Path(value).name if Path(value).is_absolute() else value}"
-        for name, value in (("generator", args.generator), ("zoo", args.zoo))
-    ]
-    return " ".join(
-        ["python examples/reproduce/tiny_zoo.py", *told, f"--n {args.n} --seed {args.seed} --out results.json"]
-    )
+    """The command that makes the rows again, but for `--tasks`."""
+    places = f"--generator {told_place(args.generator)} --zoo {told_place(args.zoo)}"
+    return f"python examples/reproduce/tiny_zoo.py {places} --n {args.n} --seed {args.seed} --out results.json"
 
 
 def summary(rows: Sequence[Mapping]) -> str:

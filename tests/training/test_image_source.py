@@ -23,7 +23,7 @@ from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
 from hf_weightgen.zoo.folder import load_zoo
 from hf_weightgen.zoo.schema import row_to_state_dict
-from pictures import image_encoder, images, write
+from pictures import image_encoder, images, in_two_tones, write
 from run_network_zoo import PROTOCOL, SMALL
 
 
@@ -43,10 +43,7 @@ def zoo(tmp_path_factory):
     with patch.context() as patched:
         specs = []
         for seed, (name, (mode, count)) in enumerate(TASKS.items()):
-            pictures = [
-                p.point(lambda v: v // 2) if i % 2 == 0 else p.point(lambda v: 128 + v // 2)
-                for i, p in enumerate(images(count + 16, seed, mode))
-            ]
+            pictures = in_two_tones(images(count + 16, seed, mode))
             spec = write(folder / name, train=pictures[:count], test=pictures[count:])
             specs.append(replace(spec, prompts=PROMPTS, family=name, aliases=(("night", "day"),)))
             patched.setitem(tasks.IMAGE_TASKS, name, specs[-1])

@@ -26,7 +26,7 @@ from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
 from hf_weightgen.zoo.folder import ZooFolder, load_zoo
-from pictures import image_encoder, images, write
+from pictures import image_encoder, images, in_two_tones, write
 from rows import rows_of
 from run_network_zoo import PROTOCOL, SMALL
 from tiny import network_pipeline, random
@@ -52,10 +52,7 @@ def zoos(tmp_path_factory):
     with patch.context() as patched:
         specs = []
         for seed, (name, mode) in enumerate({"colour": "RGB", "grey": "L"}.items()):
-            pictures = [
-                p.point(lambda v, dark=i % 2 == 0: v // 2 if dark else 128 + v // 2)
-                for i, p in enumerate(images(80, seed, mode))
-            ]
+            pictures = in_two_tones(images(80, seed, mode))
             spec = write(folder / name, train=pictures[:64], test=pictures[64:])
             specs.append(replace(spec, prompts=(ASKED[name], f"brightness: {name}"), family=name))
             patched.setitem(tasks.IMAGE_TASKS, name, specs[-1])

@@ -130,6 +130,11 @@ def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None, re
     path.write_text(PLACE.sub(lambda found: found[1] + place, text, count=1), encoding="utf-8")
 
 
+def told_place(place: str | Path) -> str:
+    """How a command of a card names a folder or id: an absolute folder is each machine's own, and told by its name."""
+    return Path(place).name if Path(place).is_absolute() else str(place)
+
+
 def add_results(
     folder: str | Path,
     rows: Sequence[Mapping],
