@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture, cnn, mlp
-from hf_weightgen.targets.stacked import images_last, stack, stacked_logits, unstack
+from hf_weightgen.targets.stacked import stack, stacked_logits, unstack
 from tiny import random
 
 
@@ -58,7 +58,7 @@ def test_training_is_that_of_each_network(config, own):
     models, params, running = networks(config)
     inputs = images(config, NETWORKS if own else 1, 6)
     labels = torch.randint(config.num_classes, (6,), generator=random(2))
-    logits = stacked_logits(config, params, images_last(inputs), running)
+    logits = stacked_logits(config, params, inputs, running)
     F.cross_entropy(logits.flatten(0, 1), labels.repeat(NETWORKS), reduction="sum").div(6).backward()
     for k, model in enumerate(models):
         output = model.train()(inputs[k if own else 0], labels)
@@ -76,9 +76,9 @@ def test_evaluation_is_that_of_each_network_and_leaves_statistics_alone(config):
         tensor.copy_(tensor + 1)
     before = {name: tensor.clone() for name, tensor in running.items()}
     inputs = images(config, 1, 6)
-    logits = stacked_logits(config, params | running, images_last(inputs))
+    logits = stacked_logits(config, params | running, inputs)
     with torch.no_grad():  # has shorter ways
-        torch.testing.assert_close(stacked_logits(config, params | running, images_last(inputs)), logits)
+        torch.testing.assert_close(stacked_logits(config, params | running, inputs), logits)
     for k, model in enumerate(models):
         model.load_state_dict(unstack(params | running, k))
         torch.testing.assert_close(logits[k], model.eval()(inputs[0]).logits)

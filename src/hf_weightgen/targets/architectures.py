@@ -162,13 +162,10 @@ def convolution(layer: dict) -> dict[str, int]:
 
 
 def shortcut(layer: dict, x: Tensor) -> Tensor:
-    """Of a residual layer, for `x` (n, C, H, W, ...): every `stride`-th pixel, channels padded with zeros on both sides."""
-    stride, more = layer.get("stride", 1), layer["channels"] - x.shape[1]
-    x = x[:, :, ::stride, ::stride]
-    if not more:
-        return x
-    zeros = x.new_zeros(x.shape[0], more // 2, *x.shape[2:])
-    return torch.cat([zeros, x, zeros], 1)
+    """Of a residual layer, for `x` (..., C, H, W): every `stride`-th pixel, channels padded with zeros on both sides."""
+    stride, more = layer.get("stride", 1), layer["channels"] - x.shape[-3]
+    x = x[..., ::stride, ::stride]
+    return F.pad(x, (0, 0, 0, 0, more // 2, more // 2)) if more else x
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..weights.permutation import PermutationSpec
 from .architectures import TargetConfig
-from .stacked import images_last, stacked_logits
+from .stacked import stacked_logits
 
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -67,7 +67,7 @@ def reestimate_norms(
     batches = inputs.split(batch_size)
     for batch in batches:
         own = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
-        stacked_logits(config, params, images_last(batch[None]), own)
+        stacked_logits(config, params, batch[None], own)
         for name, tensor in own.items():
             total[name] += tensor
     means = {  # one step from zero moves a statistic by a tenth of what the batch has

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..targets.architectures import TargetConfig
 from ..targets.functional import BIAS, WEIGHT, AdapterTarget, Bucket
-from ..targets.stacked import images_last, stacked_logits
+from ..targets.stacked import stacked_logits
 from ..weights.tokenization import WeightTokenizer
 from .batches import StepRandom, ZooTensors
 
@@ -81,7 +81,7 @@ class NetworkLoss:
         for task in tasks.unique().tolist():
             rows, (config, _), (inputs, labels) = tasks == task, self.targets[task], self.images[task]
             seen = random.shared_integers(len(labels), self.probe, purpose=60 + task)
-            logits = stacked_logits(config, self.decoders[task](tokens[rows]), images_last(inputs[seen][None]))
+            logits = stacked_logits(config, self.decoders[task](tokens[rows]), inputs[seen][None])
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[seen].repeat(len(logits)), reduction="sum")
         return loss / (len(index) * self.probe)
 

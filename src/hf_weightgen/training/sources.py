@@ -16,7 +16,7 @@ from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
 from ..targets.mixed import target_numbers
-from ..targets.stacked import images_last, stacked_logits
+from ..targets.stacked import stacked_logits
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
 from ..weights.tokenization import WeightTokenizer
@@ -214,7 +214,7 @@ def digits_source(encoder: TextEncoder, networks: int, seed: int) -> Source:
     decoders = {classes: BatchDecoder(tokenizer, classes) for classes in counts.unique().tolist()}
 
     def logits(tokens: Tensor, classes: int, probe: Tensor) -> Tensor:
-        return stacked_logits(CONFIG, decoders[classes](tokens), images_last(probe)).log_softmax(-1)
+        return stacked_logits(CONFIG, decoders[classes](tokens), probe).log_softmax(-1)
 
     def function_loss(tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """KL divergence of decoded from original networks on random training images."""

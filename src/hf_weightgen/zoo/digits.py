@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..targets.architectures import TargetConfig, mlp
-from ..targets.stacked import images_last, stack, stacked_logits
+from ..targets.stacked import stack, stacked_logits
 from ..weights.permutation import align, mlp_spec
 
 
@@ -86,7 +86,7 @@ def build_digit_zoo(networks: int = 1024, steps: int = 300, seed: int = 0, progr
             batch = torch.randint(
                 len(digits), (networks, 64), generator=generator
             )  # every network reads its own images
-            logits = stacked_logits(CONFIG, params, images_last(images[batch]))
+            logits = stacked_logits(CONFIG, params, images[batch])
             loss = F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), reduction="sum") / 64
             optimizer.zero_grad()
             loss.backward()
@@ -107,5 +107,5 @@ def digit_accuracy(state_dicts: list[dict[str, Tensor]], task: str, split: str) 
     """Accuracy of N networks for a task on a split of the images: `(N,)` in [0, 1]."""
     images, digits = digit_images()[split]
     classes = torch.tensor(next(t for t in TASKS if t.name == task).class_of)[digits]
-    logits = stacked_logits(CONFIG, stack(state_dicts), images_last(images[None]))
+    logits = stacked_logits(CONFIG, stack(state_dicts), images[None])
     return (logits.argmax(-1) == classes).double().mean(1)

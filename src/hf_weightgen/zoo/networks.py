@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..targets.architectures import TargetConfig, TargetModel
-from ..targets.stacked import images_last, stack, stacked_logits
+from ..targets.stacked import stack, stacked_logits
 from ..targets.symmetry import BUFFERS
 
 
@@ -115,7 +115,7 @@ def train_networks(
         for batch in torch.randperm(rows, generator=generator)[: rows // batch_size * batch_size].split(batch_size):
             # the order within a batch is nothing to its loss
             read, target = (t if batch_size == rows else t.index_select(1, batch) for t in (inputs, labels))
-            read, target = images_last(read), target.expand(K, -1)
+            target = target.expand(K, -1)
             losses, grads = [], []
             for part, own_params in zip(parts, views, strict=True):
                 own_running = {name: tensor for name, tensor in own_params.items() if name not in trained}
@@ -154,9 +154,11 @@ def predict_networks(
     images = len(config.input_shape) > 1
     predictions = []
     for examples in (inputs if own else inputs[None]).split(chunk or (64 if images else 256), 1):
-        read, columns = images_last(examples), []
+        columns = []
         for part in _parts(K, at_once or (32 if images else K)):
-            logits = stacked_logits(config, {n: t[part] for n, t in params.items()}, read[part] if own else read)
+            logits = stacked_logits(
+                config, {n: t[part] for n, t in params.items()}, examples[part] if own else examples
+            )
             columns.append(_masked(logits, num_classes, part).max(-1).indices)  # `argmax` reads number by number
         predictions.append(torch.cat(columns))
     return torch.cat(predictions, 1)
