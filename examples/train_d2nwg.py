@@ -67,7 +67,7 @@ def parse_args():
     add("--task_steps", type=int, help="Further steps of it in which decoded adapters read sentences; 0 for none.")
     add("--task_batch_size", type=int, default=16, help="Rows per such step; one in four reads.")
     add("--task_learning_rate", type=float)
-    add("--dataset_steps", type=int, default=1000, help="Steps of the dataset encoder, of zoos on images.")
+    add("--dataset_steps", type=int, default=2000, help="Steps of the dataset encoder, of zoos on images.")
     add(
         "--predictor_steps",
         type=int,

@@ -10,7 +10,7 @@ from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, Dataset
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.d2nwg import make_schedulers
-from hf_weightgen.training.dataset_encoder import DRAWS, JointDenoiser, dataset_loss, examples, with_datasets
+from hf_weightgen.training.dataset_encoder import DRAWS, REPEATS, JointDenoiser, dataset_loss, examples, with_datasets
 from hf_weightgen.training.objectives import noised
 from tiny import random, zoo
 
@@ -71,12 +71,13 @@ def test_training_brings_datasets_to_their_prompts_and_classes_to_their_names(ro
         optimizer.step()
     more = with_datasets(rows, model.eval(), features, seed=1)
     for task, (before, after) in enumerate(zip(rows.prompt_embeds, more.prompt_embeds, strict=True)):
-        assert len(after) == len(before) + DRAWS and torch.equal(after[: len(before)], before)
+        assert len(after) == REPEATS * len(before) + DRAWS
+        assert torch.equal(after[:-DRAWS], before.repeat(REPEATS, 1))
         others = torch.stack([F.normalize(p.mean(0), dim=0) for p in rows.prompt_embeds])
-        assert ((after[len(before) :] @ others.mT).argmax(1) == task).float().mean() > 0.9
+        assert ((after[-DRAWS:] @ others.mT).argmax(1) == task).float().mean() > 0.9
         mask, (own, other) = rows.class_mask[task], rows.class_embeds[task]
-        of_classes = more.class_embeds[task][len(rows.class_embeds[task]) :]
-        assert of_classes.shape[0] == DRAWS and not of_classes[:, ~mask].any()
+        texts, of_classes = more.class_embeds[task].split([REPEATS * len(rows.class_embeds[task]), DRAWS])
+        assert torch.equal(texts, rows.class_embeds[task].repeat(REPEATS, 1, 1)) and not of_classes[:, ~mask].any()
         expected = F.normalize(0.75 * own + 0.25 * other, dim=-1)  # the first wording comes three times of four
         assert (of_classes * expected).sum(-1)[:, mask].mean() > 0.9
     assert torch.equal(more.weight_tokens, rows.weight_tokens)

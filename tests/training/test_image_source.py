@@ -16,7 +16,7 @@ from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.d2nwg import encode, fit_latent_scale, reconstruct
-from hf_weightgen.training.dataset_encoder import DRAWS, dataset_loss
+from hf_weightgen.training.dataset_encoder import DRAWS, REPEATS, dataset_loss
 from hf_weightgen.training.image_source import image_source, of_one_shape
 from hf_weightgen.training.objectives import vae_loss
 from hf_weightgen.zoo import build_networks
@@ -132,8 +132,8 @@ def test_all_stages_train_on_it(source):
     assert losses[-1] < losses[0]
     known = source.known_tasks
     source.add_datasets(encoder.eval(), 0)
-    assert [p.shape for p in source.train.prompt_embeds] == [(2 + DRAWS, 384)] * 2
-    assert [e.shape for e in source.train.class_embeds] == [(2 + DRAWS, 2, 384)] * 2
+    assert [p.shape for p in source.train.prompt_embeds] == [(2 * REPEATS + DRAWS, 384)] * 2
+    assert [e.shape for e in source.train.class_embeds] == [(2 * REPEATS + DRAWS, 2, 384)] * 2
     assert [task["name"] for task in source.known_tasks] == [task["name"] for task in known]
     losses = fit(vae, lambda step: vae_loss(vae, source.train, draws(step), source.task_loss, 0.1), 60)
     assert losses[-1] < losses[0]

@@ -19,7 +19,8 @@ from .objectives import WIDE_PROMPT_NOISE, diffusion_loss
 
 FEWEST, MOST = 3, 10  # examples of a class in a step
 SHOTS = 5
-DRAWS = 64  # of each dataset, as conditions
+DRAWS = 256  # of each dataset, as conditions
+REPEATS = 4  # of each text beside them, so that texts are asked often enough
 ASKED = 0.5  # share of a batch that joint training asks for by prompts
 
 
@@ -105,13 +106,17 @@ def _shown(
 
 @torch.no_grad()
 def with_datasets(zoo: ZooTensors, encoder: DatasetEncoder, features: Sequence[Tensor], seed: int) -> ZooTensors:
-    """The zoo with draws of its datasets as further prompts, and their classes as further wordings of the class names."""
+    """
+    The zoo with draws of its datasets as further prompts, and their classes as further wordings of the class names. The texts
+    come [`REPEATS`] times, then the draws.
+    """
     prompts, names = [], []
     for task in range(len(zoo.tasks)):
         tasks = torch.full((DRAWS,), task)
         shown = examples(features, tasks, SHOTS, StepRandom(seed, task, DRAWS, slice(None)), purpose=53)
         mask = zoo.class_mask[tasks][..., None].expand(shown.shape[:3])
         of_dataset, of_classes = encoder.encode(shown, mask)
-        prompts.append(torch.cat([zoo.prompt_embeds[task], of_dataset]))
-        names.append(torch.cat([zoo.class_embeds[task], of_classes * zoo.class_mask[task][:, None]]))
+        of_classes = of_classes * zoo.class_mask[task][:, None]
+        prompts.append(torch.cat([zoo.prompt_embeds[task].repeat(REPEATS, 1), of_dataset]))
+        names.append(torch.cat([zoo.class_embeds[task].repeat(REPEATS, 1, 1), of_classes]))
     return replace(zoo, prompt_embeds=prompts, class_embeds=names)

@@ -165,7 +165,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
             [(pair.config, layout) for pair, layout in zip(pairs, layouts, strict=True)],
             _training_images(pairs),
         )
-    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large, "token_width": 12}
+    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large, "hidden_size": 192}
     if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
         rows_of = [(train.task_of == t).nonzero().flatten() for t in range(len(pairs))]
         spreads = [train.weight_tokens[rows].var(0)[train.padding_mask[rows[0]]] for rows in rows_of]
@@ -188,7 +188,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
         thresholds,
         score,
         vae_steps=1500,
-        task_steps=0 if large else 6000,
+        task_steps=0 if large else 8000,
         task_loss=task_loss,
         task_reconstruction=0.1,
         task_learning_rate=5e-4,

@@ -28,7 +28,7 @@ from ..zoo.schema import zoo_state_dicts
 from ..zoo.start import BASE, head_of_names, name_projection
 from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
-from .dataset_encoder import with_datasets
+from .dataset_encoder import DRAWS, with_datasets
 from .function_loss import AdapterLoss, BatchDecoder
 
 
@@ -101,7 +101,7 @@ class Source:
         """From now on a task is asked for by its dataset too, see [`with_datasets`]."""
         prompts = self.train.prompt_embeds
         self.train = with_datasets(self.train, encoder, self.features, seed)
-        kinds = [(own, both[len(own) :]) for own, both in zip(prompts, self.train.prompt_embeds, strict=True)]
+        kinds = [(own, both[-DRAWS:]) for own, both in zip(prompts, self.train.prompt_embeds, strict=True)]
         firsts = [target_numbers(task)[0] for task in self.known_tasks]
         self.known_tasks, self.thresholds = known_tasks(self.known_tasks, [kinds[t] for t in firsts])
 
