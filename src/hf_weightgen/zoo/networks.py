@@ -114,7 +114,7 @@ def train_networks(
     for _ in range(epochs):
         for batch in torch.randperm(rows, generator=generator)[: rows // batch_size * batch_size].split(batch_size):
             # the order within a batch is nothing to its loss
-            read, target = (t if batch_size == rows else t.index_select(1, batch) for t in (inputs, labels))
+            read, target = (t if batch_size == rows else _taken(t, batch) for t in (inputs, labels))
             target = target.expand(K, -1)
             losses, grads = [], []
             for part, own_params in zip(parts, views, strict=True):
@@ -162,6 +162,12 @@ def predict_networks(
             columns.append(_masked(logits, num_classes, part).max(-1).indices)  # `argmax` reads number by number
         predictions.append(torch.cat(columns))
     return torch.cat(predictions, 1)
+
+
+def _taken(data: Tensor, batch: Tensor) -> Tensor:
+    """`data[:, batch]` of `(K, N, ...)`: picked from all rows of all networks at once, which takes half as long."""
+    places = len(data[0]) * torch.arange(len(data))[:, None] + batch  # (K, b)
+    return data.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _parts(count: int, size: int) -> list[slice]:
