@@ -95,6 +95,11 @@ def test_processes_share_the_groups_and_make_the_same_zoo(spec, tmp_path):
             torch.testing.assert_close(second[name], tensor)
 
 
+def test_published_start_is_that_of_the_tiny_cnn_alone():
+    assert NetworkZooConfig().of("mnist").init == "uniform"
+    assert NetworkZooConfig("lenet").of("mnist").init == "kaiming_uniform"
+
+
 def test_workers_have_shares_of_their_own_whenever_they_start(spec, tmp_path):
     folder = ZooFolder(tmp_path / "zoo")
     for worker, rows in ((1, 4), (0, 10), (1, 10)):  # the second one has groups 1 and 3 of three
