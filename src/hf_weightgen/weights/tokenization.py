@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import BatchFeature, FeatureExtractionMixin
 
 from .cutting import TOKENIZED_DTYPES, Cutting
+from .descriptors import describe
 from .layout import Layout, LayoutMismatchError, TensorSpec
 from .moments import Moments, flat
 
@@ -171,6 +172,10 @@ class WeightTokenizer(FeatureExtractionMixin):
         if not plan.head:
             raise ValueError(f"Layout {layout_id} has no classification head, so it has no class tokens.")
         return plan.first_id + plan.num_body
+
+    def describe(self, layout_id: int, num_classes: int) -> Tensor:
+        """What each token of a checkpoint is, `(N_k + C, D)`, see [`~weights.descriptors.describe`]."""
+        return describe(self._plan(layout_id), num_classes)
 
     def template(self, layout_ids: Sequence[int] | Tensor, num_classes: Sequence[int] | Tensor) -> BatchFeature:
         """

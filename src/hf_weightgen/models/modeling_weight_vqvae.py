@@ -1,0 +1,277 @@
+"""Gumbel VQ-VAE over weight tokens: a few codes of a codebook for each token, and a decoder that reads all codes of a network.
+
+References: IGPG (https://huggingface.co/papers/2504.02012), whose codes say chunks of weights; Gumbel-softmax
+(https://huggingface.co/papers/1611.01144), section 2.2 for the straight-through estimator; residual codes: SoundStream
+(https://huggingface.co/papers/2107.03312), section III-C; revival of dead codes: Jukebox
+(https://huggingface.co/papers/2005.00341), section 3.1. Ours: tokens are told apart by what they are (see
+[`~weights.descriptors`]), not by their number, so that a network of another width or depth has codes too; and a decoder that sees
+the whole network, so that codes need not say what follows from their neighbours.
+
+Notation used for shapes:
+    - B: checkpoints in the batch;  L: tokens of a checkpoint, body tokens and one per class, padded;  S: scalars per token
+    - D: size of a token's description;  E: size of an embedding of a class name;  H: hidden size
+    - R: codes per token;  K: codes of a codebook;  Z: size of a code
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+
+@strict
+class WeightVQVAEConfig(PreTrainedConfig):
+    r"""
+    Args:
+        token_size: S.
+        descriptor_size: D.
+        embedding_size: E; 384 is all-MiniLM-L6-v2.
+        hidden_size, num_layers, num_attention_heads: Of the encoder, and of the decoder.
+        num_codes: K.
+        code_size: Z.
+        codes_per_token: R; each further code says what the codes in front of it left.
+        codebook_weight, commitment_weight: Of what moves codes to the encoder's outputs, and these to the codes.
+        uniform_weight: Of the divergence of the codes' usage from all codes alike.
+    """
+
+    model_type = "weight_vqvae"
+
+    token_size: int = 64
+    descriptor_size: int = 64
+    embedding_size: int = 384
+    hidden_size: int = 192
+    num_layers: int = 3
+    num_attention_heads: int = 4
+    num_codes: int = 1024
+    code_size: int = 64
+    codes_per_token: int = 2
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+    uniform_weight: float = 1e-3
+
+    def __post_init__(self, **kwargs):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` must divide over {self.num_attention_heads} attention heads, got {self.hidden_size}."
+            )
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class WeightVQVAEOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`): Sum of the terms below.
+        reconstruction_loss: Mean squared error of scalars that count.
+        codebook_loss, commitment_loss: Mean squared distances of codes and encoder's outputs.
+        uniform_loss: KL divergence of the mean soft usage of codes from the uniform distribution.
+        perplexity (`torch.FloatTensor` of shape `(R,)`): Of the codes of this batch: how many are in use.
+        weight_tokens (`torch.FloatTensor` of shape `(B, L, S)`): The reconstruction.
+        codes (`torch.LongTensor` of shape `(B, L, R)`): -1 on padding.
+        residuals (`torch.FloatTensor` of shape `(R, tokens, Z)`): What each code was asked to say, for [`WeightVQVAE.revive`].
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    codebook_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    uniform_loss: Tensor | None = None
+    perplexity: Tensor | None = None
+    weight_tokens: Tensor | None = None
+    codes: Tensor | None = None
+    residuals: Tensor | None = None
+
+
+class WeightVQVAE(PreTrainedModel):
+    config_class = WeightVQVAEConfig
+    main_input_name = "weight_tokens"
+
+    def __init__(self, config: WeightVQVAEConfig):
+        super().__init__(config)
+        H = config.hidden_size
+        self.token_in = nn.Linear(config.token_size, H)
+        self.encoder, self.decoder = self._transformer(), self._transformer()
+        self.describe = nn.ModuleList(nn.Linear(config.descriptor_size, H) for _ in range(2))
+        self.name_in = nn.ModuleList(nn.Linear(config.embedding_size, H, bias=False) for _ in range(2))
+        self.to_code, self.from_code = nn.Linear(H, config.code_size), nn.Linear(config.code_size, H)
+        self.token_out = nn.Linear(H, config.token_size)
+        self.codebook = nn.Parameter(torch.empty(config.codes_per_token, config.num_codes, config.code_size))
+        self.post_init()
+
+    def _transformer(self) -> nn.TransformerEncoder:
+        config = self.config
+        layer = nn.TransformerEncoderLayer(
+            config.hidden_size, config.num_attention_heads, 4 * config.hidden_size, 0.0, F.gelu, batch_first=True, norm_first=True
+        )  # fmt: skip
+        norm = nn.LayerNorm(config.hidden_size)
+        return nn.TransformerEncoder(layer, config.num_layers, norm, enable_nested_tensor=False)
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, nn.MultiheadAttention):
+            init.normal_(module.in_proj_weight, std=module.embed_dim**-0.5)
+            init.zeros_(module.in_proj_bias)
+        if module is self:
+            init.normal_(self.codebook, std=self.config.code_size**-0.5)
+
+    def encode(self, weight_tokens: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
+        """
+        Args:
+            weight_tokens (`torch.FloatTensor` of shape `(B, L, S)`), descriptors (`torch.FloatTensor` of shape `(B, L, D)`).
+            name_embeds (`torch.FloatTensor` of shape `(B, L, E)`): Of the class of each class token; zeros on others.
+            mask (`torch.BoolTensor` of shape `(B, L)`): `True` on tokens.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, L, Z)`: before it becomes codes.
+        """
+        hidden = self.token_in(weight_tokens) + self.describe[0](descriptors) + self.name_in[0](name_embeds)
+        return self.to_code(self.encoder(hidden, src_key_padding_mask=~mask))
+
+    def quantise(
+        self, values: Tensor, temperature: float = 0.0, gumbel: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """
+        Codes by their distance: the nearest, or with noise one by Gumbel-softmax, through which gradients pass.
+
+        Args:
+            values (`torch.FloatTensor` of shape `(n, Z)`).
+            temperature: tau; 0 takes the nearest code.
+            gumbel (`torch.FloatTensor` of shape `(n, R, K)`, *optional*): Gumbel noise, for a temperature above 0.
+
+        Returns:
+            Codes `(n, R)`, their sums `(n, Z)`, what each code was asked to say `(R, n, Z)`, and log-probabilities `(R, n, K)`.
+        """
+        total, codes, asked, log_probabilities = torch.zeros_like(values), [], [], []
+        for r, codebook in enumerate(self.codebook):
+            rest = values - total
+            # the squared distance, but for what is the same for all codes
+            logits = 2 * rest @ codebook.mT - codebook.square().sum(-1)
+            asked.append(rest)
+            log_probabilities.append(logits.log_softmax(-1))
+            if temperature > 0:
+                soft = ((logits + gumbel[:, r]) / temperature).softmax(-1)
+                code = soft.argmax(-1)
+                total = total + (F.one_hot(code, len(codebook)) + soft - soft.detach()) @ codebook
+            else:
+                code = logits.argmax(-1)
+                total = total + codebook[code]
+            codes.append(code)
+        return torch.stack(codes, -1), total, torch.stack(asked), torch.stack(log_probabilities)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Sums of codes `(..., R)`: `(..., Z)`; nothing where a code is negative."""
+        known = (codes >= 0)[..., None]
+        levels = range(len(self.codebook))
+        return sum(self.codebook[r][codes[..., r].clamp(min=0)] * known[..., r, :] for r in levels)
+
+    def decode(self, embedded: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
+        """
+        Args:
+            embedded (`torch.FloatTensor` of shape `(B, L, Z)`): See [`~WeightVQVAE.embed_codes`].
+            descriptors, name_embeds, mask: See [`~WeightVQVAE.encode`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, L, S)`: weight tokens.
+        """
+        hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
+        return self.token_out(self.decoder(hidden, src_key_padding_mask=~mask))
+
+    def forward(
+        self,
+        weight_tokens: Tensor,
+        padding_mask: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        is_class: Tensor,
+        temperature: float = 0.0,
+        uniform: Tensor | None = None,
+    ) -> WeightVQVAEOutput:
+        """
+        Args:
+            padding_mask (`torch.BoolTensor` of shape `(B, L, S)`): `True` on scalars that count.
+            is_class (`torch.BoolTensor` of shape `(B, L)`): `True` on class tokens; these count up to a shift that all classes share.
+            temperature, uniform (`torch.FloatTensor` of shape `(B, L, R, K)`, *optional*): Of Gumbel-softmax, with draws from
+                [0, 1); without them the nearest codes are taken, which passes no gradient to the encoder but by commitment.
+        """
+        config, mask = self.config, padding_mask.any(-1)
+        values = self.encode(weight_tokens, descriptors, name_embeds, mask)[mask]  # (tokens, Z)
+        gumbel = None
+        if temperature > 0:
+            if uniform is None:
+                raise ValueError(
+                    f"With `temperature` {temperature}, `uniform` must hold the draws of the Gumbel noise."
+                )
+            tiny = torch.finfo(uniform.dtype).tiny
+            gumbel = -(-uniform[mask].clamp(min=tiny).log()).clamp(min=tiny).log()
+        codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)
+        embedded = values.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
+        reconstruction = self.decode(embedded, descriptors, name_embeds, mask)
+        error = _without_class_mean(reconstruction - weight_tokens, is_class).square() * padding_mask
+        reconstruction_loss = (error.sum((1, 2)) / padding_mask.sum((1, 2)).clamp(min=1)).mean()
+        chosen = self.embed_codes(codes)
+        codebook_loss = F.mse_loss(chosen, values.detach())
+        commitment_loss = F.mse_loss(values, chosen.detach())
+        usage = log_probabilities.exp().mean(1)  # (R, K)
+        uniform_loss = (usage * (usage.clamp(min=1e-12).log() + math.log(config.num_codes))).sum(-1).mean()
+        loss = reconstruction_loss + config.codebook_weight * codebook_loss
+        loss = loss + config.commitment_weight * commitment_loss + config.uniform_weight * uniform_loss
+        every = codes.new_full((*mask.shape, config.codes_per_token), -1).masked_scatter(mask[..., None], codes)
+        return WeightVQVAEOutput(
+            loss,
+            reconstruction_loss,
+            codebook_loss,
+            commitment_loss,
+            uniform_loss,
+            perplexity(self.counts(every)),
+            reconstruction,
+            every,
+            asked.detach(),
+        )
+
+    def counts(self, codes: Tensor) -> Tensor:
+        """How often each code comes in `(..., R)`, which has -1 on padding: `(R, K)`."""
+        flat = codes.flatten(0, -2)
+        flat = flat[flat[:, 0] >= 0]
+        return torch.stack([column.bincount(minlength=self.config.num_codes) for column in flat.mT])
+
+    @torch.no_grad()
+    def revive(self, usage: Tensor, residuals: Tensor, random: torch.Generator, least: float = 1.0) -> int:
+        """
+        Puts codes that are hardly used where the encoder asks for codes.
+
+        Args:
+            usage (`torch.FloatTensor` of shape `(R, K)`): How often each code came lately, in the mean of some steps.
+            residuals (`torch.FloatTensor` of shape `(R, tokens, Z)`): See [`WeightVQVAEOutput`].
+            least: Codes that came less often are moved.
+
+        Returns:
+            How many codes were moved.
+        """
+        moved = 0
+        for codebook, counts, asked in zip(self.codebook, usage, residuals, strict=True):
+            dead = (counts < least).nonzero().flatten()
+            rows = torch.randint(len(asked), (len(dead),), generator=random)
+            codebook[dead] = asked[rows].to(codebook.dtype)
+            moved += len(dead)
+        return moved
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """Of the distribution of codes that came so often, `(R, K)`: from 1 to K, `(R,)`."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return (-(shares * shares.clamp(min=1e-12).log()).sum(-1)).exp()
+
+
+def _without_class_mean(tokens: Tensor, is_class: Tensor) -> Tensor:
+    """`(B, L, S)` without the shift that all classes share; the softmax does not see it."""
+    of_class = is_class[..., None].to(tokens.dtype)
+    mean = (tokens * of_class).sum(1, keepdim=True) / of_class.sum(1, keepdim=True).clamp(min=1)
+    return tokens - mean * of_class

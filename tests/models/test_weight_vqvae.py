@@ -1,0 +1,144 @@
+"""The Gumbel VQ-VAE: codes are nearest ones, padding says nothing, training learns, and dead codes come back."""
+
+import pytest
+import torch
+
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
+from tiny import random
+
+
+SIZES = {
+    "token_size": 6,
+    "descriptor_size": 5,
+    "embedding_size": 4,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+}
+CODES = {"num_codes": 16, "code_size": 8, "codes_per_token": 2}
+BODY, CLASSES = 4, 3
+
+
+@pytest.fixture
+def vqvae():
+    torch.manual_seed(0)
+    return WeightVQVAE(WeightVQVAEConfig(**SIZES, **CODES)).eval()
+
+
+def batch(count: int = 8) -> dict[str, torch.Tensor]:
+    """Checkpoints of two kinds; every second one has a body token and a class less."""
+    generator, length = random(1), BODY + CLASSES
+    kinds = torch.randn(2, length, 6, generator=generator)
+    tokens = kinds[torch.arange(count) % 2] + 0.1 * torch.randn(count, length, 6, generator=generator)
+    mask = torch.ones(count, length, 6, dtype=torch.bool)
+    mask[1::2, [BODY - 1, -1]] = False
+    mask[:, 1, 4:] = False
+    is_class = (torch.arange(length) >= BODY) & mask.any(-1)
+    names = torch.randn(length, 4, generator=generator) * is_class[..., None]
+    descriptors = torch.randn(length, 5, generator=generator).expand(count, -1, -1)
+    return {
+        "weight_tokens": tokens * mask, "padding_mask": mask, "descriptors": descriptors, "name_embeds": names, "is_class": is_class,
+    }  # fmt: skip
+
+
+def draws(step: int, count: int = 8) -> torch.Tensor:
+    return torch.rand(count, BODY + CLASSES, 2, 16, generator=random(step))
+
+
+@torch.no_grad()
+def test_codes_are_the_nearest_ones_and_decode_to_the_reconstruction(vqvae):
+    data = batch()
+    output, mask = vqvae(**data), data["padding_mask"].any(-1)
+    assert output.codes.shape == (8, BODY + CLASSES, 2)
+    assert (output.codes[~mask] == -1).all() and output.codes[mask].min() >= 0 and output.codes.max() < 16
+    values = vqvae.encode(data["weight_tokens"], data["descriptors"], data["name_embeds"], mask)[mask]
+    first = torch.cdist(values, vqvae.codebook[0]).argmin(1)
+    second = torch.cdist(values - vqvae.codebook[0][first], vqvae.codebook[1]).argmin(1)
+    assert torch.equal(output.codes[mask], torch.stack([first, second], 1))
+    embedded = vqvae.embed_codes(output.codes)
+    assert not embedded[~mask].any()
+    decoded = vqvae.decode(embedded, data["descriptors"], data["name_embeds"], mask)
+    torch.testing.assert_close(decoded, output.weight_tokens)
+
+
+@torch.no_grad()
+def test_padding_says_nothing(vqvae):
+    data = batch()
+    before, mask = vqvae(**data), data["padding_mask"].any(-1)
+    data["descriptors"] = torch.where(mask[..., None], data["descriptors"], 7.0)
+    longer = {name: torch.nn.functional.pad(t, (0, 0, 0, 2) if t.dim() == 3 else (0, 2)) for name, t in data.items()}
+    for changed in (data, longer):
+        after = vqvae(**changed)
+        assert torch.equal(after.codes[:, : BODY + CLASSES][mask], before.codes[mask])
+        torch.testing.assert_close(after.loss, before.loss)
+
+
+@torch.no_grad()
+def test_a_shift_of_all_classes_costs_nothing(vqvae):
+    vqvae.token_in.weight.zero_()  # the codes then do not depend on the weights
+    data = batch()
+    before = vqvae(**data)
+    shifted = data["weight_tokens"] + 3.0 * data["is_class"][..., None]
+    after = vqvae(**data | {"weight_tokens": shifted})
+    torch.testing.assert_close(after.reconstruction_loss, before.reconstruction_loss)
+    assert vqvae(**data | {"weight_tokens": data["weight_tokens"] + 3.0}).loss > 2 * before.loss
+
+
+def test_training_learns_through_gumbel_softmax_and_uses_several_codes(vqvae):
+    data = batch()
+    optimizer = torch.optim.Adam(vqvae.train().parameters(), lr=3e-3)
+    first = vqvae(**data).reconstruction_loss.item()
+    for step in range(150):
+        output = vqvae(**data, temperature=max(0.2, 1 - step / 100), uniform=draws(step))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        if step == 0:
+            assert all(
+                p.grad is not None and p.grad.any()
+                for p in (vqvae.token_in.weight, vqvae.codebook, vqvae.to_code.weight)
+            )
+    output = vqvae.eval()(**data)
+    assert output.reconstruction_loss.item() < 0.3 * first
+    assert output.perplexity.max() > 3
+
+
+def test_hard_codes_of_gumbel_softmax_follow_the_temperature(vqvae):
+    data = batch()
+    nearest = vqvae(**data).codes
+    cold, warm = (vqvae(**data, temperature=t, uniform=draws(0)).codes for t in (1e-4, 1.0))
+    assert torch.equal(cold >= 0, nearest >= 0) and torch.equal(
+        cold, warm
+    )  # noise decides; the temperature how soft gradients are
+    assert not torch.equal(cold, nearest)
+    with pytest.raises(ValueError, match="`uniform` must hold the draws"):
+        vqvae(**data, temperature=0.5)
+
+
+def test_dead_codes_come_back_where_they_are_asked_for(vqvae):
+    data = batch()
+    output = vqvae(**data)
+    counts = vqvae.counts(output.codes)
+    assert counts.shape == (2, 16) and counts.sum(1).tolist() == [int(data["padding_mask"].any(-1).sum())] * 2
+    before, dead = vqvae.codebook.detach().clone(), counts < 1
+    moved = vqvae.revive(counts.float(), output.residuals, random(3))
+    assert moved == dead.sum() > 0
+    changed = (vqvae.codebook != before).any(-1)
+    assert torch.equal(changed, dead)
+    for codebook, own, asked in zip(vqvae.codebook, dead, output.residuals, strict=True):
+        assert (codebook[own][:, None] == asked).all(-1).any(1).all()
+    assert perplexity(vqvae.counts(vqvae(**data).codes))[0] > perplexity(counts)[0]
+
+
+def test_perplexity_counts_codes_in_use():
+    counts = torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [9, 0, 0, 0]])
+    torch.testing.assert_close(perplexity(counts), torch.tensor([2.0, 4.0, 1.0]))
+
+
+def test_saved_and_loaded(vqvae, tmp_path):
+    vqvae.save_pretrained(tmp_path)
+    again = WeightVQVAE.from_pretrained(tmp_path).eval()
+    data = batch()
+    torch.testing.assert_close(again(**data).weight_tokens, vqvae(**data).weight_tokens, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="must divide over 3 attention heads, got 16"):
+        WeightVQVAEConfig(hidden_size=16, num_attention_heads=3)
