@@ -1,0 +1,279 @@
+"""IGPG's prior: a decoder of transformers that writes the codes of a network one after another.
+
+References: IGPG (https://huggingface.co/papers/2504.02012): codes s_i follow p(s_i | s_<i, architecture, dataset); what is longer
+than the context is written in parts, each of which sees the tail of what is there. Gumbel-max sampling: each sample draws from a
+generator of its own, so that it is the same in any batch. Ours: which token of which network is to be written next stands in the
+input of every step, so that the prior need not count, and so that layouts that it never saw can be asked for.
+
+Notation used for shapes:
+    - N: networks;  T: tokens of a network;  R: codes per token;  K: codes of a codebook;  L = T R codes in a row
+    - P: positions of the prefix;  E: size of an embedding;  D: size of a token's description;  H: hidden size
+    - the k-th code of codebook r has the id r K + k
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+CONDITIONS = ("instruction", "dataset", "architecture")
+
+
+@strict
+class IGPGConfig(LlamaConfig):
+    r"""
+    Args:
+        num_codes, codes_per_token: K and R.
+        descriptor_size, embedding_size: D and E.
+        max_position_embeddings: Positions of the context, with the prefix.
+        tail: Codes that a part of a network sees of those in front of it, where the network is longer than the context.
+        hidden_size, ...: As in Llama.
+    """
+
+    model_type = "igpg"
+
+    num_codes: int = 1024
+    codes_per_token: int = 2
+    descriptor_size: int = 64
+    embedding_size: int = 384
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 4096
+    tail: int = 1024
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vocab_size = self.num_codes * self.codes_per_token
+        prefix = len(CONDITIONS) + 2
+        if not 0 < self.tail < self.max_position_embeddings - prefix:
+            raise ValueError(
+                f"`tail` must be 1 to {self.max_position_embeddings - prefix - 1} codes, so that the context of "
+                f"{self.max_position_embeddings} positions has room for new ones, got {self.tail}."
+            )
+        super().__post_init__(**kwargs)
+
+
+class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
+    config_class = IGPGConfig
+
+    def __init__(self, config: IGPGConfig):
+        super().__init__(config)
+        E, D, H = config.embedding_size, config.descriptor_size, config.hidden_size
+        self.model, self.lm_head = LlamaModel(config), nn.Linear(H, config.vocab_size, bias=False)
+        self.condition_in = nn.ModuleList(nn.Linear(E, H) for _ in CONDITIONS)
+        self.slot_in, self.name_in = nn.Linear(D, H), nn.Linear(E, H, bias=False)
+        self.slot_mix = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
+        self.level, self.absent = (nn.Parameter(torch.empty(n, H)) for n in (config.codes_per_token, len(CONDITIONS)))
+        self.start = nn.Parameter(torch.empty(H))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            for parameter in (self.level, self.absent, self.start):
+                init.normal_(parameter, std=self.config.initializer_range)
+
+    def slots(self, descriptors: Tensor, name_embeds: Tensor) -> Tensor:
+        """
+        What is to be written at each place.
+
+        Args:
+            descriptors (`torch.FloatTensor` of shape `(N, T, D)`), name_embeds (`torch.FloatTensor` of shape `(N, T, E)`).
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, L, H)`.
+        """
+        of_token = self.slot_mix(self.slot_in(descriptors) + self.name_in(name_embeds))
+        return (of_token[:, :, None] + self.level).flatten(1, 2)
+
+    def prefix(self, conditions: Tensor, slots: Tensor) -> Tensor:
+        """
+        Args:
+            conditions (`torch.FloatTensor` of shape `(N, 3, E)`): Embeddings of unit length of the instruction, the dataset and the
+                architecture's description; zeros for what is not told.
+            slots (`torch.FloatTensor` of shape `(N, L, H)`): Their mean says what the network is as a whole.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, P, H)`.
+        """
+        told = conditions.norm(dim=-1, keepdim=True) > 0
+        # embeddings have unit length: without the factor their components would vanish beside those of codes
+        embedded = [layer(conditions[:, i] * conditions.shape[-1] ** 0.5) for i, layer in enumerate(self.condition_in)]
+        embedded = torch.where(told, torch.stack(embedded, 1), self.absent)
+        return torch.cat([embedded, slots.mean(1, keepdim=True)], 1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        slots: Tensor | None = None,
+        first: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        One step of `generate`: the scores of what comes last. Training asks [`~IGPGPrior.code_loss`].
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, n)`): Codes, each of which goes in with the slot of the code that follows it.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, n, H)`): In their place what goes in as it is, such as the prefix.
+            slots (`torch.FloatTensor` of shape `(N, L, H)`): See [`~IGPGPrior.slots`].
+            first: The position whose input has slot 0; those in front of it are the prefix.
+        """
+        if input_ids is not None:
+            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device) - first
+            inputs_embeds = self.model.embed_tokens(input_ids) + slots[:, places]
+        kwargs.pop("logits_to_keep", None)
+        output = self.model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        logits = self.lm_head(output.last_hidden_state[:, -1:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+
+    def _inputs(self, prefix: Tensor, codes: Tensor, slots: Tensor, start: int) -> Tensor:
+        """Of ids `(N, n)` that were written from slot `start` on, the inputs from which the next one follows: `(N, P + 1 + n, H)`."""
+        written = torch.cat([self.start.expand(len(codes), 1, -1), self.model.embed_tokens(codes)], 1)
+        return torch.cat([prefix, written + slots[:, start : start + written.shape[1]]], 1)
+
+    def code_loss(self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor) -> Tensor:
+        """
+        Mean negative log-likelihood of a code, in nats.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(N, T, R)`): From 0 to K - 1, -1 on padding.
+            conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+        """
+        return self.code_losses(codes, conditions, descriptors, name_embeds)[0].mean()
+
+    def code_losses(self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor):
+        """Negative log-likelihoods of all codes that are no padding, in one row, and of which network each is; see [`~IGPGPrior.code_loss`]."""
+        K, R = self.config.num_codes, self.config.codes_per_token
+        slots, known = self.slots(descriptors, name_embeds), codes[..., 0] >= 0
+        ids = (codes.clamp(min=0) + K * torch.arange(R, device=codes.device)).flatten(1)
+        prefix = self.prefix(conditions, _mean_of_known(slots, known.repeat_interleave(R, 1)))
+        inputs = self._inputs(prefix, ids[:, :-1], slots, 0)
+        hidden = self.model(inputs_embeds=inputs).last_hidden_state[:, prefix.shape[1] :]
+        hidden = hidden.unflatten(1, (-1, R))[known]  # (tokens, R, H)
+        heads = self.lm_head.weight.unflatten(0, (R, K))
+        logits = torch.einsum("trh,rkh->trk", hidden, heads)
+        losses = F.cross_entropy(logits.flatten(0, 1), codes[known].flatten(), reduction="none")
+        return losses, known.nonzero()[:, 0].repeat_interleave(R)
+
+    @torch.no_grad()
+    def write(
+        self,
+        conditions: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        tail: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """
+        New codes, exactly as many as the layout has.
+
+        Args:
+            conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+            generators: One per network; without them the likeliest code is taken.
+            temperature, top_k, top_p: Of sampling, as in `generate` of transformers; 0 and 1 leave all codes in.
+            tail: In the place of the config's.
+            use_cache: Without it each code costs a pass over all codes in front of it, which is for measuring alone.
+
+        Returns:
+            `torch.LongTensor` of shape `(N, T, R)`.
+        """
+        config = self.config
+        K, R, tail = config.num_codes, config.codes_per_token, config.tail if tail is None else tail
+        slots = self.slots(descriptors, name_embeds)
+        prefix, total = self.prefix(conditions, slots), slots.shape[1]
+        room = config.max_position_embeddings - prefix.shape[1] - 1
+        ids = torch.zeros(len(slots), 0, dtype=torch.long, device=slots.device)
+        while ids.shape[1] < total:
+            done = ids.shape[1]
+            start = max(0, done - tail) if done else 0
+            count = min(total - done, room - (done - start))
+            processors = LogitsProcessorList([_OfLevel(K, R, done)])
+            if generators is not None:
+                processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+                processors += [TopKLogitsWarper(top_k)] if top_k else []
+                processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+                processors.append(_GumbelMax(generators))
+            inputs = self._inputs(prefix, ids[:, start:], slots, start)
+            if use_cache:
+                new = self.generate(
+                    inputs_embeds=inputs,
+                    attention_mask=inputs.new_ones(inputs.shape[:2], dtype=torch.long),
+                    slots=slots,
+                    first=prefix.shape[1] - start,
+                    logits_processor=processors,
+                    generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
+                )
+            else:
+                new = self._write_without_cache(prefix, ids, slots, start, count, processors)
+            ids = torch.cat([ids, new], 1)
+        return (ids % K).unflatten(1, (-1, R))
+
+    def _write_without_cache(self, prefix, ids, slots, start: int, count: int, processors) -> Tensor:
+        new = ids[:, :0]
+        for _ in range(count):
+            inputs = self._inputs(prefix, torch.cat([ids[:, start:], new], 1), slots, start)
+            hidden = self.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
+            new = torch.cat([new, processors(new, self.lm_head(hidden)).argmax(-1, keepdim=True)], 1)
+        return new
+
+
+class _OfLevel(LogitsProcessor):
+    """Leaves the codes of the codebook that is next."""
+
+    def __init__(self, num_codes: int, levels: int, done: int):
+        self.num_codes, self.levels, self.done = num_codes, levels, done
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        level = (self.done + input_ids.shape[1]) % self.levels
+        allowed = slice(level * self.num_codes, (level + 1) * self.num_codes)
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, allowed] = scores[:, allowed]
+        return masked
+
+
+class _GumbelMax(LogitsProcessor):
+    """Noise with which the largest score is a sample."""
+
+    def __init__(self, generators: Sequence[torch.Generator]):
+        self.generators = generators
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators]).to(scores.device)
+        tiny = torch.finfo(draws.dtype).tiny
+        return scores - (-draws.clamp(min=tiny).log()).clamp(min=tiny).log()
+
+
+def _mean_of_known(slots: Tensor, known: Tensor) -> Tensor:
+    """Mean of the slots `(N, L, H)` that are no padding: `(N, 1, H)`."""
+    weight = known[..., None].to(slots.dtype)
+    return (slots * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

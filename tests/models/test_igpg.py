@@ -1,0 +1,117 @@
+"""IGPG's prior: what it learns it writes, sample by sample, within its context and beyond it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
+from tiny import random
+
+
+SETTINGS = {
+    "num_codes": 8, "codes_per_token": 2, "descriptor_size": 5, "embedding_size": 4, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "tail": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+TOKENS = 6
+
+
+@pytest.fixture
+def prior():
+    torch.manual_seed(0)
+    return IGPGPrior(IGPGConfig(**SETTINGS)).eval()
+
+
+def asked(count: int, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    generator = random(1)
+    return {
+        "conditions": F.normalize(torch.randn(2, 3, 4, generator=generator), dim=-1)[torch.arange(count) % 2],
+        "descriptors": torch.randn(1, tokens, 5, generator=generator).expand(count, -1, -1),
+        "name_embeds": torch.zeros(count, tokens, 4),
+    }
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [random(10 + k) for k in range(count)]
+
+
+def test_it_learns_what_each_condition_asks_for_and_writes_it(prior):
+    wanted = torch.randint(8, (2, TOKENS, 2), generator=random(2))
+    data, optimizer = asked(2), torch.optim.Adam(prior.train().parameters(), lr=3e-3)
+    losses = []
+    for _ in range(120):
+        losses.append(prior.code_loss(wanted, **data))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 1.8 and losses[-1] < 0.1
+    prior.eval()
+    assert torch.equal(prior.write(**data), wanted)
+    for settings in ({"top_k": 1}, {"temperature": 0.1}, {"top_p": 0.5}):
+        assert torch.equal(prior.write(**data, generators=generators(2), **settings), wanted)
+    swapped = data | {"conditions": data["conditions"].flip(0)}
+    assert torch.equal(prior.write(**swapped), wanted.flip(0))
+
+
+def test_samples_are_their_own_in_any_batch_and_codes_are_valid(prior):
+    several = prior.write(**asked(4), generators=generators(4))
+    assert several.shape == (4, TOKENS, 2) and several.min() >= 0 and several.max() < 8
+    assert len(several.flatten(1).unique(dim=0)) == 4
+    fewer = prior.write(**{name: value[:2] for name, value in asked(4).items()}, generators=generators(2))
+    assert torch.equal(fewer, several[:2])
+    assert torch.equal(prior.write(**asked(4), generators=generators(4)), several)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 40], ids=["one context", "longer than the context"])
+def test_the_cache_changes_nothing(prior, tokens):
+    data = asked(2, tokens)
+    for drawn in (lambda: None, lambda: generators(2)):
+        cached = prior.write(**data, generators=drawn())
+        assert cached.shape == (2, tokens, 2)
+        assert torch.equal(prior.write(**data, generators=drawn(), use_cache=False), cached)
+
+
+def test_what_is_longer_than_the_context_sees_the_tail_of_what_is_there(prior):
+    data = asked(1, 40)  # 80 codes, of which 59 fit beside the prefix
+    for parameter in (*prior.model.parameters(), prior.lm_head.weight):
+        parameter.data *= 5  # untrained, the context would hardly count
+    long, short = (prior.write(**data, generators=generators(1), tail=tail) for tail in (20, 1))
+    fit = SETTINGS["max_position_embeddings"] - 5
+    assert torch.equal(long.flatten()[:fit], short.flatten()[:fit]) and not torch.equal(long, short)
+
+
+def test_padding_and_what_is_not_told_say_nothing(prior):
+    codes, data = torch.randint(8, (2, TOKENS, 2), generator=random(2)), asked(2)
+    codes[1, 4:] = -1
+    losses, of = prior.code_losses(codes, **data)
+    assert of.bincount().tolist() == [2 * TOKENS, 8]
+    single = {name: value[1:, :4] if name != "conditions" else value[1:] for name, value in data.items()}
+    torch.testing.assert_close(prior.code_losses(codes[1:, :4], **single)[0], losses[of == 1])
+    silent = data | {"conditions": torch.zeros(2, 3, 4)}
+    assert not torch.allclose(prior.code_loss(codes, **silent), prior.code_loss(codes, **data))
+    for parameter in prior.condition_in.parameters():
+        parameter.data.normal_(generator=random(5))
+    again = prior.code_loss(codes, **silent)
+    torch.testing.assert_close(again, prior.code_loss(codes, **silent))
+
+
+def test_every_condition_and_description_counts(prior):
+    codes, data = torch.randint(8, (2, TOKENS, 2), generator=random(2)), asked(2)
+    before = prior.code_losses(codes, **data)[0]
+    for name in data:
+        changed = data | {name: data[name] + 1.0}
+        assert not torch.allclose(prior.code_losses(codes, **changed)[0], before, atol=1e-5), name
+    later = data["descriptors"].clone()
+    later[:, -1] += (
+        1  # of the last token: nothing of what is in front of it but through the mean, which the prefix has
+    )
+    assert not torch.allclose(prior.code_losses(codes, **data | {"descriptors": later})[0], before, atol=1e-5)
+
+
+def test_saved_and_loaded(prior, tmp_path):
+    prior.save_pretrained(tmp_path)
+    again = IGPGPrior.from_pretrained(tmp_path).eval()
+    assert torch.equal(
+        again.write(**asked(2), generators=generators(2)), prior.write(**asked(2), generators=generators(2))
+    )
+    with pytest.raises(ValueError, match="`tail` must be 1 to 58 codes.* got 59"):
+        IGPGConfig(**SETTINGS | {"tail": 59})
