@@ -1,0 +1,171 @@
+"""Losses of IGPG's two stages: the Gumbel VQ-VAE, whose codes must work, and the prior that writes them.
+
+Reference: IGPG (https://huggingface.co/papers/2504.02012). As in D2NWG's training here, a function loss asks decoded networks
+themselves, see [`~training.objectives.vae_loss`].
+
+Notation: R rows of a zoo; b rows of a step; L tokens of a network, body and classes; S scalars per token; E of an embedding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.modeling_igpg import CONDITIONS, IGPGPrior
+from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
+from ..weights.tokenization import WeightTokenizer
+from .batches import StepRandom, ZooTensors
+
+
+COLDEST = 0.05  # temperature of Gumbel-softmax at the end; it starts with 1
+REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
+LEAST = 0.02  # of the mean usage; codes that come less often are dead
+KEPT = 256  # values that the encoder asks for, among which dead codes are put
+DROPOUT = 0.3  # share of a batch that is not told one of its conditions
+
+
+def of_layout(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor) -> dict:
+    """
+    What the autoencoder reads of rows of one layout.
+
+    Args:
+        names (`torch.FloatTensor` of shape `(b, C, E)`): Embeddings of class names.
+    """
+    classes = zoo.class_mask[zoo.task_of[rows]]  # (b, C)
+    body = tokenizer.num_body_tokens(layout)
+    described = tokenizer.describe(layout, classes.shape[1])
+    return {
+        "weight_tokens": tokenizer.own_tokens(zoo.weight_tokens[rows], layout),
+        "padding_mask": tokenizer.own_tokens(zoo.padding_mask[rows], layout),
+        "descriptors": described.expand(len(rows), -1, -1),
+        "name_embeds": F.pad(names * classes[..., None], (0, 0, body, 0)),
+        "is_class": F.pad(classes, (body, 0)),
+    }
+
+
+def by_layout(zoo: ZooTensors, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Layouts, and the places in `rows` of those that have it."""
+    layouts = zoo.layout_of[rows]
+    return ((k, (layouts == k).nonzero().flatten()) for k in layouts.unique().tolist())
+
+
+class VQVAELoss:
+    """
+    A step of the autoencoder; codes that are hardly used are put where they are asked for.
+
+    Args:
+        steps: Over which the temperature falls.
+        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`].
+        gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
+    """
+
+    def __init__(
+        self,
+        vqvae: WeightVQVAE,
+        zoo: ZooTensors,
+        tokenizer: WeightTokenizer,
+        steps: int,
+        function_loss: Callable | None = None,
+        reconstruction_weight: float = 1.0,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ):
+        self.vqvae, self.zoo, self.tokenizer, self.steps = vqvae, zoo, tokenizer, steps
+        self.function_loss, self.reconstruction_weight, self.gather = function_loss, reconstruction_weight, gather
+        self.usage = torch.ones(vqvae.config.codes_per_token, vqvae.config.num_codes)
+        self.asked: Tensor | None = None  # what the encoder asked for in the step before
+
+    @property
+    def perplexity(self) -> list[float]:
+        """How many codes of each codebook are in use, lately."""
+        return perplexity(self.usage).tolist()
+
+    def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
+        zoo, tokenizer, config = self.zoo, self.tokenizer, self.vqvae.config
+        self._revive(random)
+        rows, temperature = zoo.draw_rows(random), COLDEST ** (random.step / max(1, self.steps - 1))
+        names, T = zoo.names(zoo.task_of[rows], random), tokenizer.num_all_body_tokens
+        wide = torch.zeros(len(rows), T + zoo.class_mask.shape[1], config.token_size)
+        loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
+        for layout, own in by_layout(zoo, rows):
+            data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
+            shape = data["weight_tokens"].shape[1], config.codes_per_token, config.num_codes
+            uniform = random.uniform(*shape, purpose=70 + layout)[own]
+            output = model(**data, temperature=temperature, uniform=uniform)
+            share = len(own) / len(rows)
+            loss = loss + share * (output.loss + (self.reconstruction_weight - 1) * output.reconstruction_loss)
+            body = tokenizer.num_body_tokens(layout)
+            padded = F.pad(output.weight_tokens[:, :body], (0, 0, tokenizer.places(layout).start, 0))
+            whole = torch.cat([F.pad(padded, (0, 0, 0, T - padded.shape[1])), output.weight_tokens[:, body:]], 1)
+            wide = wide.index_add(0, own, whole)
+            counts, asked = counts + self.vqvae.counts(output.codes), [*asked, output.residuals]
+        self.usage = MEMORY * self.usage + (1 - MEMORY) * self.gather(counts[None]).sum(0)
+        self.asked = torch.cat(asked, 1)
+        if self.function_loss is not None:
+            loss = loss + self.function_loss(wide, zoo.weight_tokens[rows], rows, random)
+        return loss
+
+    def _revive(self, random: StepRandom) -> None:
+        """Before a step and not within it: the backward pass must find the codes as they were."""
+        if random.step % REVIVE_EVERY or self.asked is None or random.step > self.steps * 0.8:
+            return
+        draw = torch.Generator().manual_seed(random.step)
+        kept = self.asked[:, torch.randint(self.asked.shape[1], (KEPT,), generator=draw)]  # as many in each process
+        kept = self.gather(kept.transpose(0, 1).contiguous()).transpose(0, 1)
+        least = LEAST * self.usage.mean()
+        self.vqvae.revive(self.usage, kept, draw, least.item())
+        self.usage = torch.maximum(self.usage, least)
+
+
+@torch.no_grad()
+def encode_zoo(
+    vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Codes `(R, L, R)` of all rows, with -1 on padding, and what they decode to side by side `(R, T + C, S)`."""
+    names, T = torch.stack([embeds[0] for embeds in zoo.class_embeds]), tokenizer.num_all_body_tokens
+    longest = max(tokenizer.num_body_tokens(k) for k in zoo.layout_of.unique().tolist()) + zoo.class_mask.shape[1]
+    codes = torch.full((len(zoo), longest, vqvae.config.codes_per_token), -1)
+    wide = torch.zeros(len(zoo), T + zoo.class_mask.shape[1], vqvae.config.token_size)
+    for rows in torch.arange(len(zoo)).split(batch_size):
+        for layout, own in by_layout(zoo, rows):
+            data = of_layout(zoo, tokenizer, rows[own], layout, names[zoo.task_of[rows[own]]])
+            output, body = vqvae(**data), tokenizer.num_body_tokens(layout)
+            codes[rows[own], : output.codes.shape[1]] = output.codes
+            wide[rows[own], tokenizer.places(layout)] = output.weight_tokens[:, :body]
+            wide[rows[own], T:] = output.weight_tokens[:, body:]
+    return codes, wide
+
+
+def prior_loss(
+    prior: IGPGPrior,
+    codes: Tensor,
+    zoo: ZooTensors,
+    tokenizer: WeightTokenizer,
+    random: StepRandom,
+    architecture_embeds: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """
+    Mean negative log-likelihood of the codes of a batch; each condition is left out now and then.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(R, L, R)`): See [`encode_zoo`].
+        architecture_embeds: Per task `(E,)`: its architecture in words.
+    """
+    rows = zoo.draw_rows(random)
+    tasks = zoo.task_of[rows]
+    conditions = torch.zeros(len(rows), len(CONDITIONS), zoo.prompt_embeds[0].shape[1])
+    conditions[:, 0] = zoo.prompts(tasks, random)
+    if architecture_embeds is not None:
+        conditions[:, 2] = torch.stack([architecture_embeds[t] for t in tasks.tolist()])
+    told = random.uniform(len(CONDITIONS), purpose=80) > DROPOUT
+    told[:, 0] |= True  # without an instruction there is nothing to go by, but for a dataset
+    conditions, names = conditions * told[..., None], zoo.names(tasks, random)
+    total, count = torch.zeros(()), 0
+    for layout, own in by_layout(zoo, rows):
+        data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
+        length = data["weight_tokens"].shape[1]
+        losses, _ = prior.code_losses(
+            codes[rows[own], :length], conditions[own], data["descriptors"], data["name_embeds"]
+        )
+        total, count = total + losses.sum(), count + len(losses)
+    return total / count

@@ -1,0 +1,131 @@
+"""IGPG's two stages on networks of two layouts: codes that decode to the networks, and a prior that learns to write them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
+from hf_weightgen.training.batches import StepRandom, ZooTensors
+from hf_weightgen.training.igpg import REVIVE_EVERY, VQVAELoss, by_layout, encode_zoo, of_layout, prior_loss
+from hf_weightgen.weights.descriptors import SIZE
+from hf_weightgen.weights.tokenization import WeightTokenizer
+from tiny import random
+
+
+EMBEDDING, STEPS = 8, 120
+SHAPES = {"a": {"body": (5, 3)}, "b": {"first": (2, 3), "second": (4,)}, "c": {"body": (5, 3)}}
+CLASSES = {"a": 2, "b": 3, "c": 3}
+
+
+@pytest.fixture(scope="module")
+def zoo() -> tuple[ZooTensors, WeightTokenizer]:
+    generator, state_dicts, names = random(0), [], []
+    for task, shapes in SHAPES.items():
+        shapes = shapes | {"head": (CLASSES[task], 4)}
+        centre = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(6):
+            state_dicts.append({n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in centre.items()})
+            names.append(task)
+    tokenizer = WeightTokenizer.fit(state_dicts, token_size=4, head=["head"])
+    embeds = {t: F.normalize(torch.randn(2, n, EMBEDDING, generator=generator), dim=-1) for t, n in CLASSES.items()}
+    prompts = {t: F.normalize(torch.randn(3, EMBEDDING, generator=generator), dim=-1) for t in CLASSES}
+    rows = ZooTensors.of(tokenizer, state_dicts, names, embeds, prompts, {task: task for task in CLASSES})
+    return rows, tokenizer
+
+
+@pytest.fixture
+def vqvae() -> WeightVQVAE:
+    torch.manual_seed(0)
+    config = WeightVQVAEConfig(
+        token_size=4, descriptor_size=SIZE, embedding_size=EMBEDDING, hidden_size=32, num_layers=1, num_attention_heads=2,
+        num_codes=16, code_size=8, codes_per_token=2,
+    )  # fmt: skip
+    return WeightVQVAE(config)
+
+
+def draws(step: int, rows: slice = slice(None)) -> StepRandom:
+    return StepRandom(0, step, 12, rows)
+
+
+def fit(model, loss_of, steps: int = STEPS) -> list[float]:
+    optimizer, losses = torch.optim.Adam(model.train().parameters(), lr=4e-3), []
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def test_rows_of_a_layout_are_its_networks(zoo):
+    rows, tokenizer = zoo
+    for layout, own in by_layout(rows, torch.arange(len(rows))):
+        names = torch.stack([rows.class_embeds[t][0] for t in rows.task_of[own].tolist()])
+        data = of_layout(rows, tokenizer, own, layout, names)
+        count = tokenizer.num_body_tokens(layout) + 3
+        assert data["weight_tokens"].shape == (len(own), count, 4)
+        assert data["descriptors"].shape == (len(own), count, SIZE) and data["name_embeds"].shape == (
+            len(own),
+            count,
+            EMBEDDING,
+        )
+        assert torch.equal(data["is_class"].sum(1), rows.class_mask[rows.task_of[own]].sum(1))
+        assert (data["name_embeds"].any(-1) == data["is_class"]).all()
+        assert not data["weight_tokens"][~data["padding_mask"]].any()
+
+
+def test_function_losses_see_the_networks_side_by_side(zoo, vqvae):
+    rows, tokenizer = zoo
+    seen = []
+
+    def function_loss(tokens, truth, index, random):
+        seen.append((tokens.detach(), truth, index))
+        return tokens.square().mean()
+
+    loss = VQVAELoss(vqvae, rows, tokenizer, STEPS, function_loss)
+    plain = VQVAELoss(vqvae, rows, tokenizer, STEPS)(vqvae, draws(0))
+    whole = loss(vqvae, draws(0))
+    (tokens, truth, index), T = seen[0], tokenizer.num_all_body_tokens
+    torch.testing.assert_close(whole, plain + tokens.square().mean())
+    assert tokens.shape == truth.shape and torch.equal(truth, rows.weight_tokens[index])
+    body = rows.padding_mask[index][:, :T].any(-1)
+    assert (tokens[:, :T].any(-1) == body).all()
+
+
+def test_training_makes_codes_that_decode_and_a_prior_that_writes_them(zoo, vqvae):
+    rows, tokenizer = zoo
+    loss = VQVAELoss(vqvae, rows, tokenizer, STEPS)
+    losses = fit(vqvae, lambda step: loss(vqvae, draws(step)))
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(1 < used <= 16 for used in loss.perplexity)
+    codes, decoded = encode_zoo(vqvae, rows, tokenizer)
+    assert codes.shape == (18, 4 + 3, 2)  # of the larger layout: 15 weights in tokens of 4
+    assert torch.equal((codes >= 0).sum((1, 2)), 2 * rows.padding_mask.any(-1).sum(1))
+    error = ((decoded - rows.weight_tokens) * rows.padding_mask)[:, : tokenizer.num_all_body_tokens]
+    assert error.square().sum() < 0.2 * rows.weight_tokens[:, : tokenizer.num_all_body_tokens].square().sum()
+    torch.manual_seed(0)
+    config = IGPGConfig(
+        num_codes=16, codes_per_token=2, descriptor_size=SIZE, embedding_size=EMBEDDING, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    prior = IGPGPrior(config)
+    losses = fit(prior, lambda step: prior_loss(prior, codes, rows, tokenizer, draws(step)))
+    assert losses[0] > 2 and losses[-1] < 0.8
+
+
+def test_dead_codes_are_revived_between_steps(zoo, vqvae):
+    rows, tokenizer = zoo
+    loss = VQVAELoss(vqvae, rows, tokenizer, 10 * REVIVE_EVERY)
+    loss.usage = torch.zeros_like(loss.usage)
+    loss.usage[:, 0] = 100
+    before = vqvae.codebook.detach().clone()
+    loss(vqvae, draws(REVIVE_EVERY)).backward()  # nothing was asked for yet
+    assert torch.equal(vqvae.codebook, before)
+    loss.usage = torch.zeros_like(loss.usage)
+    loss.usage[:, 0] = 100
+    loss(vqvae, draws(2 * REVIVE_EVERY)).backward()
+    moved = (vqvae.codebook != before).any(-1)
+    assert torch.equal(moved, (torch.arange(16) > 0).expand(2, -1))
