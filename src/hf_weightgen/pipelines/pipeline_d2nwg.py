@@ -13,20 +13,19 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_predictor import AccuracyPredictor
 from ..models.modeling_weight_vae import WeightVAE
-from ..targets.mixed import architecture_codes, target_number, with_architecture
+from ..targets.mixed import architecture_codes, with_architecture
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
-from .examples import channels_of, examples_of
 from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import MismatchWarning, WeightGenPipeline
 from .ranking import best, check_best_of, need_predictor, predict_accuracies
+from .request import read_request, sample_generators
 
 
 MAX_GUIDANCE = 100  # beyond it latents, and then weights, overflow
@@ -187,32 +186,6 @@ class D2NWGPipeline(WeightGenPipeline):
         Raises:
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
         """
-        if (prompt is None) == (prompt_embeds is None) and (dataset is None or prompt is not None):
-            raise ValueError(
-                "Give either `prompt` or `prompt_embeds`."
-                if self.dataset_encoder is None
-                else "Give `prompt`, `dataset`, or both."
-            )
-        if dataset is not None and labels is not None:
-            raise ValueError("`dataset` names its classes itself; leave `labels` out.")
-        if dataset is not None and (prompt_embeds is not None or not isinstance(prompt, (str, type(None)))):
-            raise ValueError("Beside a `dataset` give one `prompt` or none, and no `prompt_embeds`.")
-        size = self.vae.config.embedding_size
-        if prompt_embeds is not None:
-            shape = tuple(getattr(prompt_embeds, "shape", ()))
-            if not isinstance(prompt_embeds, Tensor) or len(shape) != 2 or shape[1] != size or not shape[0]:
-                raise ValueError(
-                    f"`prompt_embeds` must be a tensor of shape (prompts, {size}), got {type(prompt_embeds).__name__} {shape}."
-                )
-            if not prompt_embeds.isfinite().all():
-                raise ValueError("`prompt_embeds` holds NaN or infinity; embed the prompts anew.")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"`generator` must be one `torch.Generator`, from which every sample's own is seeded, got {type(generator).__name__}."
-            )
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"`num_samples` must be a whole number of at least 1, got {num_samples!r}.")
-        check_best_of(best_of, num_samples, self.accuracy_predictor)
         if output_type not in ("weights", "latent"):
             raise ValueError(f"`output_type` must be 'weights' or 'latent', got {output_type!r}.")
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -231,33 +204,18 @@ class D2NWGPipeline(WeightGenPipeline):
         self._check_scheduler()
 
         # 1. Conditions: embeddings of prompts and examples; class names from the caller or from the nearest known task
-        prompts = self.check_prompts(prompt) if prompt is not None else []
-        class_embeds, channels, names = (
-            None,
-            None,
-            self.check_labels(labels, len(prompts if prompt_embeds is None else prompt_embeds)),
+        size = self.vae.config.embedding_size
+        asked_for = read_request(
+            self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture
         )
-        embeds = self.encoder.embed(prompts) if prompts else prompt_embeds
-        if embeds is not None and embeds.shape[1] != size:
-            raise ValueError("This generator reads datasets, no prompts: give `dataset` alone.")
-        if dataset is not None:
-            names, of_dataset, class_embeds, channels = self.encode_dataset(dataset)
-            embeds = of_dataset if embeds is None else F.normalize(embeds + of_dataset, dim=-1)
-            names, prompts = [names], prompts or [f"(dataset of {', '.join(names)})"]
-        prompts = prompts or ["(embedding)"] * len(embeds)
-        embeds = embeds.float().cpu()
-        nearest = self.nearest_tasks(embeds, channels)
-        for text, near in zip(prompts, nearest, strict=True):
-            self.warn_if_far(text, near)
-        names = names or [list(near[0][0]["labels"]) for near in nearest]
-        numbers = [target_number(self.targets, near[0][0], architecture) for near in nearest]
+        check_best_of(best_of, num_samples, self.accuracy_predictor)
+        prompts, embeds, names = asked_for.prompts, asked_for.embeds, asked_for.labels
+        nearest, numbers, class_embeds = asked_for.nearest, asked_for.numbers, asked_for.class_embeds
         targets = [self.targets[number] for number in numbers]
 
-        # 2. Every sample has a generator of its own, seeded from its prompt's, which is seeded from the caller's
-        of_prompt = [torch.Generator().manual_seed(_draw_seed(generator)) for _ in prompts]
+        # 2. Every sample has a generator of its own
         count = best_of or num_samples
-        seeds = [_draw_seed(own) for own in of_prompt for _ in range(count)]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        seeds, generators = sample_generators(generator, len(prompts), count)
 
         # 3. Denoise; the architecture is told where a task may have several
         codes = architecture_codes(self.targets, self.config.tasks, size)
@@ -323,36 +281,6 @@ class D2NWGPipeline(WeightGenPipeline):
             if callback is not None:
                 latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
         return latents.float()
-
-    def encode_dataset(self, dataset: object) -> tuple[list[str], Tensor, Tensor, int | None]:
-        """
-        Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)`, those of its classes `(1, C, E)`, and the channels of
-        its images, if it has any.
-        """
-        if self.dataset_encoder is None:
-            raise ValueError("This generator reads prompts, no datasets: it has no dataset encoder.")
-        names, examples = examples_of(dataset)
-        flat = [example for own in examples for example in own]
-        kind = "texts" if self.config.image_encoder is None else "images"
-        if isinstance(flat[0], Tensor) and flat[0].dim() == 1:
-            features = torch.stack(flat)  # (sum of n, F)
-            size = self.dataset_encoder.config.feature_size
-            if features.shape[1] != size:
-                raise ValueError(f"This generator reads features of size {size}, got {features.shape[1]}.")
-        elif isinstance(flat[0], str) != (kind == "texts"):
-            raise TypeError(f"This generator reads datasets of {kind}, got {type(flat[0]).__name__}.")
-        else:
-            features = (self.encoder if kind == "texts" else self.image_encoder).embed(flat)
-        counts = [len(own) for own in examples]
-        padded = torch.nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)[None]  # (1, C, n, F)
-        mask = (torch.arange(padded.shape[2]) < torch.tensor(counts)[:, None])[None]
-        encoder, of_names = self.dataset_encoder, None
-        if encoder.config.reads_names:
-            of_names = self.encoder.embed(names)[None].to(encoder.device, encoder.dtype)
-        of_dataset, of_classes = encoder.encode(
-            padded.to(encoder.device, encoder.dtype), mask.to(encoder.device), of_names
-        )
-        return names, of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
 
     def _fits(self, prompt: str, embed: Tensor, class_embeds: Tensor, names: list[str]) -> bool:
         """Whether class names fit a prompt; warns if they do not."""
@@ -421,7 +349,3 @@ class D2NWGPipeline(WeightGenPipeline):
                 f"this generator predicts {wanted!r}. Load it as `SchedulerClass.from_config(pipe.scheduler.config{need})` from a "
                 "class that knows this prediction type."
             )
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    return torch.randint(2**62, (), generator=generator).item()

@@ -309,7 +309,7 @@ class WeightGenPipeline(DiffusionPipeline):
                 f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
                 "Weights for an unseen task can be much weaker: try them on labelled examples first.",
                 MismatchWarning,
-                stacklevel=4,  # the caller of the pipeline, past `no_grad`
+                stacklevel=5,  # the caller of the pipeline, past `no_grad` and the reading of the request
             )
 
 
