@@ -15,7 +15,9 @@ from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from tiny import random
 
 
-OURS = {"AccuracyPredictor", "DatasetEncoder", "WeightDenoiser", "WeightTokenizer", "WeightVAE"}
+OURS = {
+    "AccuracyPredictor", "DatasetEncoder", "IGPGPrior", "WeightDenoiser", "WeightTokenizer", "WeightVAE", "WeightVQVAE",
+}  # fmt: skip
 BASES = {  # looked up in our module when one of our components is loaded
     "DiffusionPipeline": diffusers, "ModelMixin": diffusers, "SchedulerMixin": diffusers,
     "FeatureExtractionMixin": transformers, "ImageProcessingMixin": transformers, "PreTrainedModel": transformers,

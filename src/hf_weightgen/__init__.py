@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .models.modeling_weight_vae import WeightVAE, WeightVAEConfig
     from .pipelines.output import WeightGenOutput
     from .pipelines.pipeline_d2nwg import D2NWGPipeline
+    from .pipelines.pipeline_igpg import IGPGPipeline
     from .pipelines.pipeline_utils import WeightGenPipeline
     from .targets.tasks import TaskSpec, get_task
     from .weights.layout import LayoutMismatchError
@@ -21,6 +22,7 @@ __version__ = "0.1.0.dev0"
 
 _MODULE_OF = {
     "D2NWGPipeline": "pipelines.pipeline_d2nwg",
+    "IGPGPipeline": "pipelines.pipeline_igpg",
     "LayoutMismatchError": "weights.layout",
     "TaskSpec": "targets.tasks",
     "WeightDenoiser": "models.modeling_denoiser",
@@ -34,6 +36,7 @@ _MODULE_OF = {
 
 __all__ = [
     "D2NWGPipeline",
+    "IGPGPipeline",
     "LayoutMismatchError",
     "TaskSpec",
     "WeightDenoiser",

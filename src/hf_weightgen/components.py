@@ -17,8 +17,10 @@ from transformers import (
 
 from .models.modeling_dataset_encoder import DatasetEncoder
 from .models.modeling_denoiser import WeightDenoiser
+from .models.modeling_igpg import IGPGPrior
 from .models.modeling_predictor import AccuracyPredictor
 from .models.modeling_weight_vae import WeightVAE
+from .models.modeling_weight_vqvae import WeightVQVAE
 from .weights.tokenization import WeightTokenizer
 
 
@@ -27,6 +29,7 @@ __all__ = [
     "DatasetEncoder",
     "DiffusionPipeline",
     "FeatureExtractionMixin",
+    "IGPGPrior",
     "ImageProcessingMixin",
     "ModelMixin",
     "PreTrainedModel",
@@ -37,4 +40,5 @@ __all__ = [
     "WeightDenoiser",
     "WeightTokenizer",
     "WeightVAE",
+    "WeightVQVAE",
 ]

@@ -12,6 +12,7 @@ Notation used for shapes:
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,11 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         if module is self:
             for parameter in (self.level, self.absent, self.start):
                 init.normal_(parameter, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, without settings of `generate`: [`~IGPGPrior.write`] has its own."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / "generation_config.json").unlink(missing_ok=True)
 
     def slots(self, descriptors: Tensor, name_embeds: Tensor) -> Tensor:
         """

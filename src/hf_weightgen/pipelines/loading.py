@@ -33,11 +33,12 @@ from ..weights.tokenization import WeightTokenizer
 COMPONENTS = "hf_weightgen.components"
 STUB = "modeling"  # module of the same classes in a repository that the stock `DiffusionPipeline` can load
 INDEX = "model_index.json"
-NUMBERS = {  # setting of an index -> its range and types
+NUMBERS = {  # setting of an index -> its range and types; a pipeline has some of them
     "num_inference_steps": (1, 1_000, int),
     "guidance_scale": (-100, 100, (int, float)),
     "far_below": (-1, 1, (int, float)),
     "known_above": (-1, 1, (int, float)),
+    "temperature": (0, 100, (int, float)),
 }
 LARGEST_SETTING = 1_000_000  # of a scheduler, which allocates as many numbers
 MOST_TASKS, MOST_LABELS, LONGEST_NAME, MOST_TARGETS = 10_000, 10_000, 200, 1_000
@@ -51,6 +52,8 @@ CLASSES = {
         (COMPONENTS, "WeightDenoiser"): components.WeightDenoiser,
         ("diffusers", "UNet2DConditionModel"): UNet2DConditionModel,
     },
+    "vqvae": {(COMPONENTS, "WeightVQVAE"): components.WeightVQVAE},
+    "prior": {(COMPONENTS, "IGPGPrior"): components.IGPGPrior},
     "accuracy_predictor": {(COMPONENTS, "AccuracyPredictor"): components.AccuracyPredictor},
     "dataset_encoder": {(COMPONENTS, "DatasetEncoder"): components.DatasetEncoder},
     "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
@@ -234,8 +237,8 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
                     f"`tasks` holds {str(task)[:200]}, which has no name, family, different labels and prompt embeddings."
                 )
     architecture_codes(targets or [config["target"]], tasks, embedding_size)  # fails here where they are too many
-    for name, (low, high, kinds) in NUMBERS.items():
-        value = config.get(name)
+    for name in NUMBERS.keys() & config.keys():
+        value, (low, high, kinds) = config[name], NUMBERS[name]
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             raise ValueError(f"`{name}` must be a number from {low} to {high}, got {str(value)[:60]!r}.")
 

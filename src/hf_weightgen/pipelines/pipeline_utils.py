@@ -26,7 +26,7 @@ from ..targets.mixed import target_numbers
 from .loading import COMPONENTS, INDEX, check_components, check_generator, read_index, with_our_names, write_stubs
 
 
-PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg"}
+PIPELINES = {"D2NWGPipeline": "pipeline_d2nwg", "IGPGPipeline": "pipeline_igpg"}
 BUNDLED = Path(__file__).parents[1] / "bundled"
 MAX_PROMPT_CHARACTERS = 4_000
 HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")

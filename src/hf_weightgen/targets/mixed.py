@@ -71,3 +71,32 @@ def with_architecture(embeds: Tensor, codes: Tensor | None) -> Tensor:
         `torch.FloatTensor` of shape `(N, E)`: both in equal parts, unit length; without codes `embeds` as they are.
     """
     return embeds if codes is None else F.normalize(embeds + codes, dim=-1)
+
+
+def in_words(target: Mapping) -> str:
+    """A target as a text encoder reads it: its name, if it has one, and its parts."""
+    if target["kind"] == "adapter":
+        lora = target["lora"]
+        modules = ", ".join(sorted(lora["target_modules"]))
+        return f"LoRA adapter of rank {lora['r']} on {modules} of {target['base_model'].split('/')[-1]}"
+    config = target["config"]
+    told = [f"{target['name']}:"] if "name" in target else []
+    told += [
+        f"network for inputs of {' x '.join(map(str, config['input_shape']))}, {config.get('activation', 'tanh')};"
+    ]
+    return " ".join([*told, ", ".join(_words(config["layers"]))]).rstrip("; ")
+
+
+def _words(layers: Sequence[Mapping]) -> list[str]:
+    words = []
+    for layer in layers:
+        match layer["kind"]:
+            case "conv":
+                words.append(f"convolution {layer['channels']} of {layer['kernel']} x {layer['kernel']}")
+            case "linear":
+                words.append(f"linear {layer['features']}")
+            case "max_pool" | "mean_pool":
+                words.append(layer["kind"].replace("_", " "))
+            case "residual":
+                words.append(f"residual block {layer['channels']}")
+    return words

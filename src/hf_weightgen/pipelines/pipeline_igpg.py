@@ -1,0 +1,211 @@
+"""IGPG: the codes of a network, written one after another, conditioned on text, on a dataset, or on both, and on an architecture.
+
+Reference: IGPG (https://huggingface.co/papers/2504.02012).
+
+Notation: N samples, L tokens of a network, R codes per token, C classes, S scalars per token, E size of an embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.modeling_dataset_encoder import DatasetEncoder
+from ..models.modeling_igpg import CONDITIONS, IGPGPrior
+from ..models.modeling_weight_vqvae import WeightVQVAE
+from ..targets.mixed import in_words
+from ..weights.descriptors import SIZE
+from ..weights.lora import center_head
+from ..weights.tokenization import WeightTokenizer
+from .loading import check_settings, check_targets
+from .output import WeightGenOutput
+from .pipeline_utils import WeightGenPipeline
+from .request import read_request, sample_generators
+
+
+PADDING = -1  # in the place of codes, where a network has fewer tokens than another
+
+
+class IGPGPipeline(WeightGenPipeline):
+    r"""
+    Generates LoRA adapters or small networks, several architectures from one generator, code by code.
+
+    Args:
+        vqvae ([`WeightVQVAE`]): Weight tokens <-> codes.
+        prior ([`IGPGPrior`]): Writes codes.
+        weight_tokenizer, target, targets, tasks, encoder, dataset_encoder, image_encoder, far_below, known_above: As of
+            [`D2NWGPipeline`].
+        temperature: Default of a call.
+    """
+
+    model_cpu_offload_seq = "prior->vqvae"
+
+    def __init__(
+        self,
+        vqvae: WeightVQVAE,
+        prior: IGPGPrior,
+        weight_tokenizer: WeightTokenizer,
+        target: dict | None = None,  # diffusers takes arguments without a default for components
+        tasks: list | None = None,
+        encoder: dict | None = None,
+        far_below: float = 0.4,
+        known_above: float = 0.55,
+        temperature: float = 1.0,
+        text_encoder=None,
+        tokenizer=None,
+        dataset_encoder: DatasetEncoder | None = None,
+        targets: list | None = None,
+        image_encoder: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vqvae=vqvae,
+            prior=prior,
+            weight_tokenizer=weight_tokenizer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            dataset_encoder=dataset_encoder,
+        )
+        self.register_to_config(
+            target=target,
+            targets=targets,
+            tasks=tasks,
+            encoder=encoder,
+            image_encoder=image_encoder,
+            far_below=far_below,
+            known_above=known_above,
+            temperature=temperature,
+        )
+
+    def check_parts(self) -> None:
+        vqvae, prior, size = self.vqvae.config, self.prior.config, self.vqvae.config.embedding_size
+        check_settings(self.config, size)
+        check_targets(self.targets, self.weight_tokenizer)
+        if self.weight_tokenizer.token_size != vqvae.token_size:
+            raise ValueError(
+                f"the weight tokenizer makes tokens of {self.weight_tokenizer.token_size} scalars, the autoencoder reads "
+                f"{vqvae.token_size}."
+            )
+        for name in ("num_codes", "codes_per_token", "descriptor_size", "embedding_size"):
+            if getattr(vqvae, name) != getattr(prior, name):
+                raise ValueError(
+                    f"`{name}` of the autoencoder is {getattr(vqvae, name)}, of the prior {getattr(prior, name)}: they are of "
+                    "different generators."
+                )
+        if vqvae.descriptor_size != SIZE:
+            raise ValueError(f"tokens are described by {SIZE} numbers, the autoencoder reads {vqvae.descriptor_size}.")
+        if self.dataset_encoder is not None and self.dataset_encoder.config.embedding_size != size:
+            raise ValueError(
+                f"the dataset encoder makes embeddings of {self.dataset_encoder.config.embedding_size}, the prior reads {size}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        num_samples: int = 1,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: str = "weights",
+        return_dict: bool = True,
+        dataset: object | None = None,
+        architecture: str | None = None,
+    ) -> WeightGenOutput | tuple:
+        r"""
+        Args:
+            prompt, dataset, labels, num_samples, generator, prompt_embeds, architecture: As of a call of [`D2NWGPipeline`].
+            temperature: Of sampling: 1 as learned, less is nearer to the likeliest codes, 0 takes them.
+            top_k, top_p: Only the `top_k` likeliest codes, or the likeliest ones that have `top_p` of the probability, may
+                follow; 0 and 1 leave all in.
+            output_type: `"weights"`, or `"codes"` to stop before decoding.
+            return_dict: `False` returns a tuple.
+
+        Returns:
+            [`WeightGenOutput`], whose `latents` are the codes `(N, L, R)`, with -1 where a network has fewer tokens.
+
+        Raises:
+            TypeError, ValueError: If an argument does not fit; nothing has been generated then.
+        """
+        temperature = self.config.temperature if temperature is None else temperature
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature <= 100:
+            raise ValueError(f"`temperature` must be a number from 0 to 100, got {temperature!r}.")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+            raise ValueError(f"`top_k` must be a whole number of at least 0, got {top_k!r}.")
+        if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must be a number above 0 and up to 1, got {top_p!r}.")
+        if output_type not in ("weights", "codes"):
+            raise ValueError(f"`output_type` must be 'weights' or 'codes', got {output_type!r}.")
+        size = self.vqvae.config.embedding_size
+        asked = read_request(self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture)
+        seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
+        targets, weights, codes = [self.targets[number] for number in asked.numbers], [], []
+        for i, target in enumerate(targets):
+            class_embeds = asked.class_embeds
+            if class_embeds is None:
+                class_embeds = self.encoder.embed(asked.labels[i])[None]  # (1, C, E)
+            conditions = torch.zeros(num_samples, len(CONDITIONS), size)
+            for j, told in enumerate((asked.of_prompts, asked.of_dataset)):
+                if told is not None:
+                    conditions[:, j] = told[i]
+            conditions[:, 2] = self.encoder.embed([in_words(target)])[0]
+            described, names = self._described(target["layout"], class_embeds)
+            arguments = (part.expand(num_samples, -1, -1).to(self.prior.device) for part in (described, names))
+            own = generators[i * num_samples : (i + 1) * num_samples]
+            codes.append(
+                self.prior.write(
+                    conditions.to(self.prior.device),
+                    *arguments,
+                    generators=own if temperature else None,
+                    temperature=temperature or 1.0,
+                    top_k=top_k,
+                    top_p=top_p,
+                ).cpu()
+            )
+            if output_type == "weights":
+                weights += self.decode_codes(codes[-1], target["layout"], class_embeds)
+        self.maybe_free_model_hooks()
+        longest = max(own.shape[1] for own in codes)
+        output = WeightGenOutput(
+            weights=weights,
+            labels=[names for names in asked.labels for _ in range(num_samples)],
+            tasks=[near[0][0]["name"] for near in asked.nearest for _ in range(num_samples)],
+            prompts=[text for text in asked.prompts for _ in range(num_samples)],
+            seeds=seeds,
+            targets=[{k: v for k, v in t.items() if k != "layout"} for t in targets for _ in range(num_samples)],
+            latents=torch.cat([F.pad(own, (0, 0, 0, longest - own.shape[1]), value=PADDING) for own in codes]),
+            generator_id=self.source,
+            generator_revision=self.revision,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> list[dict[str, Tensor]]:
+        """
+        Args:
+            codes (`torch.LongTensor` of shape `(N, L, R)`).
+            layout: Of `weight_tokenizer`.
+            class_embeds (`torch.FloatTensor` of shape `(1, C, E)`): Of the class names, or what the dataset encoder says of classes.
+
+        Returns:
+            `list[dict[str, torch.Tensor]]` of length N: state dicts.
+        """
+        vqvae, tokenizer, count = self.vqvae, self.weight_tokenizer, len(codes)
+        described, names = (
+            part.expand(count, -1, -1).to(vqvae.device) for part in self._described(layout, class_embeds)
+        )
+        codes = codes.to(vqvae.device)
+        tokens = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0)
+        counts = torch.full((count,), class_embeds.shape[1])
+        weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
+        return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
+
+    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are, `(1, L, D)`, and the names of their classes `(1, L, E)`, zeros for body tokens."""
+        body, classes = self.weight_tokenizer.num_body_tokens(layout), class_embeds.shape[1]
+        described = self.weight_tokenizer.describe(layout, classes)[None].to(self.vqvae.dtype)
+        return described, F.pad(class_embeds.cpu().to(self.vqvae.dtype), (0, 0, body, 0))

@@ -1,0 +1,161 @@
+"""IGPG's pipeline: adapters and networks of several architectures from one generator, the same from disk, faults by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen import IGPGPipeline, WeightGenPipeline
+from hf_weightgen.hub.untrusted import UntrustedFileError
+from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
+from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
+from hf_weightgen.targets.base_models import MINILM, pack_embeddings
+from hf_weightgen.targets.functional import BIAS, WEIGHT
+from hf_weightgen.targets.mixed import in_words
+from hf_weightgen.weights.tokenization import WeightTokenizer
+from tiny import LORA, adapter, random
+
+
+SIZES = {"small": (4,), "large": (6, 5)}
+
+
+@pytest.fixture
+def pipe(encoder) -> IGPGPipeline:
+    """Never trained; knows a task of texts, and one of features in two architectures."""
+    torch.manual_seed(0)
+    configs = {name: {"input_shape": [7], "layers": mlp(*hidden)} for name, hidden in SIZES.items()}
+    networks = [TargetModel(TargetConfig(**settings, num_classes=3)).state_dict() for settings in configs.values()]
+    tokenizer = WeightTokenizer.fit([adapter(0), *networks], 385, head=[WEIGHT, BIAS, *HEAD])
+    codes = {"num_codes": 16, "codes_per_token": 2}
+    vqvae = WeightVQVAE(
+        WeightVQVAEConfig(token_size=385, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes)
+    )
+    prior = IGPGPrior(
+        IGPGConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **codes)
+    )
+    targets = [{"kind": "adapter", "base_model": MINILM, "lora": LORA, "layout": 0}]
+    targets += [
+        {"kind": "network", "name": name, "config": settings, "layout": layout}
+        for layout, (name, settings) in enumerate(configs.items(), start=1)
+    ]
+    tasks = [
+        {"name": "sst2", "family": "film", "labels": ["negative", "positive"], "targets": [0]},
+        {"name": "digits", "family": "digits", "labels": ["zero", "one", "two"], "targets": [1, 2]},
+    ]
+    for task, prompt in zip(tasks, ("sentiment on SST-2", "which digit is it"), strict=True):
+        task["prompt_embeddings"] = pack_embeddings(encoder.embed([prompt]))
+    pipe = IGPGPipeline(
+        vqvae=vqvae.eval(), prior=prior.eval(), weight_tokenizer=tokenizer, target=targets[0], targets=targets, tasks=tasks,
+        encoder={"id": MINILM, "revision": None, "sha256": None},
+    )  # fmt: skip
+    pipe._encoder = encoder
+    return pipe
+
+
+def weights_are_equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_generator_makes_adapters_and_networks_of_the_architecture_that_is_asked_for(pipe):
+    output = pipe(["sentiment on SST-2", "which digit is it"], num_samples=2, generator=random(0))
+    assert output.tasks == ["sst2", "sst2", "digits", "digits"]
+    assert [target["kind"] for target in output.targets] == ["adapter", "adapter", "network", "network"]
+    assert output.targets[2]["name"] == "small"
+    assert output.latents.shape[::2] == (4, 2) and (output.latents[2:, -1] == -1).all()
+    assert output.weights[0].keys() == adapter(0).keys()
+    for name, hidden in SIZES.items():
+        made = pipe("which digit is it", architecture=name, generator=random(0))
+        logits = made.to_model(0)(torch.randn(2, 7)).logits
+        assert logits.shape == (2, 3) and made.targets[0]["name"] == name
+        assert len([key for key in made.weights[0] if key.endswith("weight")]) == len(hidden) + 1
+
+
+def test_samples_are_their_own_in_any_call_and_seeds_tell_them_apart(pipe):
+    several = pipe("which digit is it", num_samples=3, generator=random(0))
+    single = pipe("which digit is it", generator=random(0))
+    assert weights_are_equal(several.weights[0], single.weights[0])
+    assert not torch.equal(several.latents[0], several.latents[1])
+    likeliest = pipe("which digit is it", num_samples=2, temperature=0)
+    assert torch.equal(likeliest.latents[0], likeliest.latents[1])
+    assert torch.equal(likeliest.latents, pipe("which digit is it", num_samples=2, top_k=1).latents)
+
+
+def test_codes_decode_to_the_weights(pipe):
+    output = pipe("which digit is it", generator=random(0))
+    codes = pipe("which digit is it", generator=random(0), output_type="codes")
+    assert codes.weights == [] and torch.equal(codes.latents, output.latents)
+    class_embeds = pipe.encoder.embed(output.labels[0])[None]
+    assert weights_are_equal(pipe.decode_codes(codes.latents, 1, class_embeds)[0], output.weights[0])
+
+
+@pytest.mark.parametrize("label_count", [2, 5])
+def test_any_number_of_classes(pipe, label_count):
+    labels = [f"class {k}" for k in range(label_count)]
+    output = pipe("which digit is it", labels=labels, generator=random(0))
+    assert output.to_model(0).config.id2label == dict(enumerate(labels))
+
+
+def test_a_dataset_asks_in_the_place_of_a_prompt_or_beside_one(pipe):
+    torch.manual_seed(0)
+    encoder = DatasetEncoder(DatasetEncoderConfig(feature_size=6, hidden_size=16, latent_size=4)).eval()
+    pipe.register_modules(dataset_encoder=encoder)
+    dataset = {name: list(torch.randn(2, 6, generator=random(k))) for k, name in enumerate(("cat", "dog"))}
+    with pytest.warns(MismatchWarning, match="far from every task"):
+        shown = pipe(dataset=dataset, generator=random(0))
+    both = pipe("which digit is it", dataset=dataset, generator=random(0))
+    alone = pipe("which digit is it", labels=["cat", "dog"], generator=random(0))
+    assert shown.labels == both.labels == [["cat", "dog"]] and both.tasks == alone.tasks == ["digits"]
+    assert not weights_are_equal(both.weights[0], alone.weights[0])
+
+
+def test_saved_and_loaded_it_makes_the_same_weights(pipe, encoder, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = WeightGenPipeline.from_pretrained(tmp_path)
+    assert type(again) is IGPGPipeline and not list(tmp_path.rglob("generation_config.json"))
+    again._encoder = encoder
+    first, second = (p(["sentiment on SST-2", "which digit is it"], generator=random(3)) for p in (pipe, again))
+    assert all(weights_are_equal(*pair) for pair in zip(first.weights, second.weights, strict=True))
+    (tmp_path / "prior" / "generation_config.json").write_text("{}")
+    with pytest.raises(UntrustedFileError, match="generation_config.json"):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+def test_parts_of_different_generators_are_refused(pipe, tmp_path):
+    config = IGPGConfig(
+        num_codes=8,
+        codes_per_token=2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    pipe.register_modules(prior=IGPGPrior(config))
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`num_codes` of the autoencoder is 16, of the prior 8"):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "`temperature` must be a number from 0 to 100, got -1"),
+        ({"top_k": 1.5}, "`top_k` must be a whole number of at least 0, got 1.5"),
+        ({"top_p": 0}, "`top_p` must be a number above 0 and up to 1, got 0"),
+        ({"output_type": "latent"}, "`output_type` must be 'weights' or 'codes', got 'latent'"),
+        ({"architecture": "resnet20"}, "must be one of \\['small', 'large'\\], got 'resnet20'"),
+        ({"num_samples": 0}, "`num_samples` must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_faults_name_what_came(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipe("which digit is it", **settings)
+
+
+def test_targets_in_words_are_told_apart(pipe):
+    words = [in_words(target) for target in pipe.targets]
+    assert words[0] == "LoRA adapter of rank 4 on query, value of all-MiniLM-L6-v2"
+    assert words[2] == "large: network for inputs of 7, tanh; linear 6, linear 5"
+    embeds = pipe.encoder.embed(words)
+    assert (F.normalize(embeds, dim=-1) @ F.normalize(embeds, dim=-1).mT - torch.eye(3)).max() < 0.999
