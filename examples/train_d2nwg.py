@@ -22,6 +22,7 @@ from hf_weightgen.models.modeling_predictor import AccuracyPredictor, AccuracyPr
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.pipelines.output import WeightGenOutput
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
+from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.tasks import get_task
@@ -41,7 +42,7 @@ from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.predictor import GuidanceLoss, ScoredRows, guiding_rows, predictor_loss, summed
-from hf_weightgen.training.sources import digits_source, text_source
+from hf_weightgen.training.sources import Source, digits_source, text_source
 from hf_weightgen.zoo.folder import load_zoo
 
 
@@ -130,12 +131,7 @@ def main():
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     encoder = load_encoder(MINILM)
-    if args.zoo is None:
-        source = digits_source(encoder, args.networks, args.seed)
-    elif len(args.zoo) == 1 and "base_model" in load_zoo(args.zoo[0])[0]["arch"]:
-        source = text_source(encoder, args.zoo[0], args.data_root, accelerator.mixed_precision == "bf16")
-    else:
-        source = image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
+    source = load_source(args, encoder, accelerator.mixed_precision == "bf16")
     zoo, held_out = source.train, source.held_out
     accelerator.print(
         f"zoo: {len(zoo)} rows to train on, {len(held_out)} held out, {len(zoo.prompted_tasks)} tasks ({time.perf_counter() - start:.0f} s)"
@@ -317,7 +313,16 @@ def main():
     print(f"saved {folder} after {report['seconds']:.0f} s")
 
 
-def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
+def load_source(args, encoder, bf16: bool) -> Source:
+    """What training needs of `--zoo`, of whichever kind it is."""
+    if args.zoo is None:
+        return digits_source(encoder, args.networks, args.seed)
+    if len(args.zoo) == 1 and "base_model" in load_zoo(args.zoo[0])[0]["arch"]:
+        return text_source(encoder, args.zoo[0], args.data_root, bf16)
+    return image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
+
+
+def figures(pipe: WeightGenPipeline, source, seed: int) -> dict:
     """Per task: accuracies in points of the zoo, of its average and Gaussian, and of generated weights."""
     result, count = {}, source.samples
     generator = torch.Generator().manual_seed(seed)
@@ -338,7 +343,7 @@ def figures(pipe: D2NWGPipeline, source, seed: int) -> dict:
     return result
 
 
-def sampled(pipe: D2NWGPipeline, source, task: str, count: int, generator: torch.Generator) -> WeightGenOutput:
+def sampled(pipe: WeightGenPipeline, source, task: str, count: int, generator: torch.Generator) -> WeightGenOutput:
     """One sample for each of `count` conditions of training."""
     prompts = source.train.prompt_embeds[source.train.tasks.index(task)]
     asked = source.asked_for(task)

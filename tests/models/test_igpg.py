@@ -39,7 +39,7 @@ def test_it_learns_what_each_condition_asks_for_and_writes_it(prior):
     data, optimizer = asked(2), torch.optim.Adam(prior.train().parameters(), lr=3e-3)
     losses = []
     for _ in range(120):
-        losses.append(prior.code_loss(wanted, **data))
+        losses.append(prior(codes=wanted, **data).loss)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -87,11 +87,11 @@ def test_padding_and_what_is_not_told_say_nothing(prior):
     single = {name: value[1:, :4] if name != "conditions" else value[1:] for name, value in data.items()}
     torch.testing.assert_close(prior.code_losses(codes[1:, :4], **single)[0], losses[of == 1])
     silent = data | {"conditions": torch.zeros(2, 3, 4)}
-    assert not torch.allclose(prior.code_loss(codes, **silent), prior.code_loss(codes, **data))
+    assert not torch.allclose(prior(codes=codes, **silent).loss, prior(codes=codes, **data).loss)
     for parameter in prior.condition_in.parameters():
         parameter.data.normal_(generator=random(5))
-    again = prior.code_loss(codes, **silent)
-    torch.testing.assert_close(again, prior.code_loss(codes, **silent))
+    again = prior(codes=codes, **silent).loss
+    torch.testing.assert_close(again, prior(codes=codes, **silent).loss)
 
 
 def test_every_condition_and_description_counts(prior):

@@ -1,9 +1,15 @@
 """IGPG's two stages on networks of two layouts: codes that decode to the networks, and a prior that learns to write them."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.training.batches import StepRandom, ZooTensors
@@ -129,3 +135,17 @@ def test_dead_codes_are_revived_between_steps(zoo, vqvae):
     loss(vqvae, draws(2 * REVIVE_EVERY)).backward()
     moved = (vqvae.codebook != before).any(-1)
     assert torch.equal(moved, (torch.arange(16) > 0).expand(2, -1))
+
+
+@pytest.mark.slow
+def test_the_script_trains_a_generator_of_digit_classifiers(tmp_path, monkeypatch):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    settings = ["--networks", "64", "--vqvae_steps", "150", "--max_train_steps", "150", "--skip_gate"]
+    monkeypatch.setattr(sys, "argv", ["train_igpg.py", *settings, "--output_dir", str(tmp_path)])
+    runpy.run_path(str(examples / "train_igpg.py"), run_name="__main__")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["codes"]["digit"]["codes"] == 2 * 27 and 0 < report["codes"]["digit"]["bits_per_weight"] < 1
+    assert report["tasks"]["digit"]["generated"] > 60  # of 10 classes
+    pipe = WeightGenPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe("which digit is it").to_model(0)(torch.zeros(1, 64)).logits.shape == (1, 10)

@@ -136,10 +136,15 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         slots: Tensor | None = None,
         first: int = 0,
+        codes: Tensor | None = None,
+        conditions: Tensor | None = None,
+        descriptors: Tensor | None = None,
+        name_embeds: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
-        One step of `generate`: the scores of what comes last. Training asks [`~IGPGPrior.code_loss`].
+        In training the mean negative log-likelihood of `codes`, see [`~IGPGPrior.code_losses`]; else one step of `generate`: the
+        scores of what comes last.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, n)`): Codes, each of which goes in with the slot of the code that follows it.
@@ -147,6 +152,9 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
             slots (`torch.FloatTensor` of shape `(N, L, H)`): See [`~IGPGPrior.slots`].
             first: The position whose input has slot 0; those in front of it are the prefix.
         """
+        if codes is not None:
+            losses, _ = self.code_losses(codes, conditions, descriptors, name_embeds)
+            return CausalLMOutputWithPast(loss=losses.mean())
         if input_ids is not None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device) - first
@@ -163,18 +171,17 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         written = torch.cat([self.start.expand(len(codes), 1, -1), self.model.embed_tokens(codes)], 1)
         return torch.cat([prefix, written + slots[:, start : start + written.shape[1]]], 1)
 
-    def code_loss(self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor) -> Tensor:
+    def code_losses(
+        self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """
-        Mean negative log-likelihood of a code, in nats.
-
         Args:
             codes (`torch.LongTensor` of shape `(N, T, R)`): From 0 to K - 1, -1 on padding.
             conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
-        """
-        return self.code_losses(codes, conditions, descriptors, name_embeds)[0].mean()
 
-    def code_losses(self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor):
-        """Negative log-likelihoods of all codes that are no padding, in one row, and of which network each is; see [`~IGPGPrior.code_loss`]."""
+        Returns:
+            Negative log-likelihoods in nats of all codes that are no padding, in one row, and of which network each is.
+        """
         K, R = self.config.num_codes, self.config.codes_per_token
         slots, known = self.slots(descriptors, name_embeds), codes[..., 0] >= 0
         ids = (codes.clamp(min=0) + K * torch.arange(R, device=codes.device)).flatten(1)

@@ -5,6 +5,7 @@ Reference: IGPG (https://huggingface.co/papers/2504.02012).
 Notation: N samples, L tokens of a network, R codes per token, C classes, S scalars per token, E size of an embedding.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from ..weights.tokenization import WeightTokenizer
 from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
-from .request import read_request, sample_generators
+from .request import Request, read_request, sample_generators
 
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
@@ -143,35 +144,29 @@ class IGPGPipeline(WeightGenPipeline):
         size = self.vqvae.config.embedding_size
         asked = read_request(self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture)
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
-        targets, weights, codes = [self.targets[number] for number in asked.numbers], [], []
+        targets, class_embeds, alike = [self.targets[number] for number in asked.numbers], [], defaultdict(list)
         for i, target in enumerate(targets):
-            class_embeds = asked.class_embeds
-            if class_embeds is None:
-                class_embeds = self.encoder.embed(asked.labels[i])[None]  # (1, C, E)
-            conditions = torch.zeros(num_samples, len(CONDITIONS), size)
-            for j, told in enumerate((asked.of_prompts, asked.of_dataset)):
-                if told is not None:
-                    conditions[:, j] = told[i]
-            conditions[:, 2] = self.encoder.embed([in_words(target)])[0]
-            described, names = self._described(target["layout"], class_embeds)
-            arguments = (part.expand(num_samples, -1, -1).to(self.prior.device) for part in (described, names))
-            own = generators[i * num_samples : (i + 1) * num_samples]
-            codes.append(
-                self.prior.write(
-                    conditions.to(self.prior.device),
-                    *arguments,
-                    generators=own if temperature else None,
-                    temperature=temperature or 1.0,
-                    top_k=top_k,
-                    top_p=top_p,
-                ).cpu()
-            )
-            if output_type == "weights":
-                weights += self.decode_codes(codes[-1], target["layout"], class_embeds)
+            of_classes = asked.class_embeds
+            if of_classes is None:
+                of_classes = self.encoder.embed(asked.labels[i])[None]  # (1, C, E)
+            class_embeds.append(of_classes)
+            alike[target["layout"], of_classes.shape[1]].append(i)  # are written together
+        codes, weights = [None] * len(targets), [[] for _ in targets]
+        for (layout, _), places in alike.items():
+            conditions = torch.cat([self._conditions(asked, i, targets[i]) for i in places])
+            arguments = [conditions, *self._described(layout, torch.cat([class_embeds[i] for i in places]))]
+            arguments = [part.repeat_interleave(num_samples, 0).to(self.prior.device) for part in arguments]
+            own = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
+            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": own}
+            written = self.prior.write(*arguments, **sampling if temperature else {}).cpu()
+            for i, part in zip(places, written.split(num_samples), strict=True):
+                codes[i] = part
+                if output_type == "weights":
+                    weights[i] = self.decode_codes(part, layout, class_embeds[i])
         self.maybe_free_model_hooks()
         longest = max(own.shape[1] for own in codes)
         output = WeightGenOutput(
-            weights=weights,
+            weights=[state_dict for made in weights for state_dict in made],
             labels=[names for names in asked.labels for _ in range(num_samples)],
             tasks=[near[0][0]["name"] for near in asked.nearest for _ in range(num_samples)],
             prompts=[text for text in asked.prompts for _ in range(num_samples)],
@@ -205,7 +200,18 @@ class IGPGPipeline(WeightGenPipeline):
         return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
 
     def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens are, `(1, L, D)`, and the names of their classes `(1, L, E)`, zeros for body tokens."""
+        """For class names `(n, C, E)` what tokens are, `(n, L, D)`, and the names of their classes `(n, L, E)`, zeros for body tokens."""
         body, classes = self.weight_tokenizer.num_body_tokens(layout), class_embeds.shape[1]
-        described = self.weight_tokenizer.describe(layout, classes)[None].to(self.vqvae.dtype)
-        return described, F.pad(class_embeds.cpu().to(self.vqvae.dtype), (0, 0, body, 0))
+        described = self.weight_tokenizer.describe(layout, classes).to(self.vqvae.dtype)
+        return described.expand(len(class_embeds), -1, -1), F.pad(
+            class_embeds.cpu().to(self.vqvae.dtype), (0, 0, body, 0)
+        )
+
+    def _conditions(self, asked: Request, i: int, target: dict) -> Tensor:
+        """Of the i-th prompt: `(1, conditions, E)`, zeros for what is not told."""
+        conditions = torch.zeros(1, len(CONDITIONS), asked.embeds.shape[1])
+        for j, told in enumerate((asked.of_prompts, asked.of_dataset)):
+            if told is not None:
+                conditions[0, j] = told[i]
+        conditions[0, 2] = self.encoder.embed([in_words(target)])[0]
+        return conditions

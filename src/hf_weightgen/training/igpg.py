@@ -6,23 +6,25 @@ themselves, see [`~training.objectives.vae_loss`].
 Notation: R rows of a zoo; b rows of a step; L tokens of a network, body and classes; S scalars per token; E of an embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.modeling_igpg import CONDITIONS, IGPGPrior
+from ..models.modeling_igpg import CONDITIONS
 from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
 from ..weights.tokenization import WeightTokenizer
 from .batches import StepRandom, ZooTensors
+from .dataset_encoder import DRAWS
 
 
 COLDEST = 0.05  # temperature of Gumbel-softmax at the end; it starts with 1
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
-DROPOUT = 0.3  # share of a batch that is not told one of its conditions
+UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it has the descriptions of its tokens
 
 
 def of_layout(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor) -> dict:
@@ -136,36 +138,49 @@ def encode_zoo(
     return codes, wide
 
 
+def shown_datasets(zoo: ZooTensors) -> ZooTensors:
+    """Of a zoo that is asked for by its datasets too, see [`with_datasets`], the part that datasets ask for."""
+    prompts, names = ([own[-DRAWS:] for own in embeds] for embeds in (zoo.prompt_embeds, zoo.class_embeds))
+    return replace(zoo, prompt_embeds=prompts, class_embeds=names)
+
+
 def prior_loss(
-    prior: IGPGPrior,
+    prior: nn.Module,
     codes: Tensor,
     zoo: ZooTensors,
     tokenizer: WeightTokenizer,
     random: StepRandom,
-    architecture_embeds: Sequence[Tensor] | None = None,
+    architecture_embeds: Tensor | None = None,
+    shown: ZooTensors | None = None,
 ) -> Tensor:
     """
-    Mean negative log-likelihood of the codes of a batch; each condition is left out now and then.
+    Mean negative log-likelihood of the codes of a batch, asked for by an instruction, by a dataset, or by both.
 
     Args:
         codes (`torch.LongTensor` of shape `(R, L, R)`): See [`encode_zoo`].
-        architecture_embeds: Per task `(E,)`: its architecture in words.
+        architecture_embeds (`torch.FloatTensor` of shape `(tasks, E)`, *optional*): Of each task its architecture in words; left
+            out now and then.
+        shown: See [`shown_datasets`].
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
     conditions = torch.zeros(len(rows), len(CONDITIONS), zoo.prompt_embeds[0].shape[1])
-    conditions[:, 0] = zoo.prompts(tasks, random)
+    conditions[:, 0], names = zoo.prompts(tasks, random), zoo.names(tasks, random)
+    if shown is not None:
+        conditions[:, 1], of_classes = shown.prompts(tasks, random, purpose=90), shown.names(tasks, random)
+        kind = random.uniform(purpose=80) * 3  # below 1: instruction alone; below 2: dataset alone
+        conditions[:, 0] *= ((kind < 1) | (kind >= 2))[:, None]
+        conditions[:, 1] *= (kind >= 1)[:, None]
+        names = torch.where((kind >= 1)[:, None, None], of_classes, names)
     if architecture_embeds is not None:
-        conditions[:, 2] = torch.stack([architecture_embeds[t] for t in tasks.tolist()])
-    told = random.uniform(len(CONDITIONS), purpose=80) > DROPOUT
-    told[:, 0] |= True  # without an instruction there is nothing to go by, but for a dataset
-    conditions, names = conditions * told[..., None], zoo.names(tasks, random)
+        told = random.uniform(purpose=81) > UNTOLD
+        conditions[:, 2] = architecture_embeds[tasks] * told[:, None]
     total, count = torch.zeros(()), 0
     for layout, own in by_layout(zoo, rows):
         data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
-        length = data["weight_tokens"].shape[1]
-        losses, _ = prior.code_losses(
-            codes[rows[own], :length], conditions[own], data["descriptors"], data["name_embeds"]
-        )
-        total, count = total + losses.sum(), count + len(losses)
+        written = codes[rows[own], : data["weight_tokens"].shape[1]]
+        described = {name: data[name] for name in ("descriptors", "name_embeds")}
+        number = int((written >= 0).sum())
+        total = total + number * prior(codes=written, conditions=conditions[own], **described).loss
+        count += number
     return total / count
