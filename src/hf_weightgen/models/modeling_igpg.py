@@ -54,9 +54,9 @@ class IGPGConfig(LlamaConfig):
     codes_per_token: int = 2
     descriptor_size: int = 64
     embedding_size: int = 384
-    hidden_size: int = 256
-    intermediate_size: int = 1024
-    num_hidden_layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     max_position_embeddings: int = 4096
     tail: int = 1024

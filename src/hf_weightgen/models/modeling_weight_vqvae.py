@@ -45,8 +45,8 @@ class WeightVQVAEConfig(PreTrainedConfig):
     token_size: int = 64
     descriptor_size: int = 64
     embedding_size: int = 384
-    hidden_size: int = 192
-    num_layers: int = 3
+    hidden_size: int = 128
+    num_layers: int = 2
     num_attention_heads: int = 4
     num_codes: int = 1024
     code_size: int = 64
