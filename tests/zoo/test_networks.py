@@ -20,6 +20,7 @@ CONFIGS = {
 }
 OPTIMIZERS = {
     "adam": (lambda params: Adam(params, lr=3e-3), None),
+    "fused adam": (lambda params: Adam(params, lr=3e-3, fused=True), None),
     "sgd": (lambda params: SGD(params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3), None),
     "adamw with a schedule": (
         lambda params: AdamW(params, lr=3e-3, weight_decay=0.1),

@@ -125,7 +125,10 @@ def train_networks(
                 grads.append(torch.autograd.grad(losses[-1].sum(), [own_params[name] for name in trained]))
             losses = torch.cat(losses).detach()  # (K,)
             for tensor, grad in zip(trained.values(), zip(*grads, strict=True), strict=True):
-                tensor.grad = torch.cat(grad) if len(grad) > 1 else grad[0]
+                # in the parameter's own layout in memory: torch's fused optimisers read a gradient as it lies there, and with
+                # another layout they move the wrong weights without a word
+                whole = torch.cat(grad) if len(grad) > 1 else grad[0]
+                tensor.grad = torch.empty_like(tensor).copy_(whole) if whole.stride() != tensor.stride() else whole
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
