@@ -84,6 +84,21 @@ def test_a_shift_of_all_classes_costs_nothing(vqvae):
     assert vqvae(**data | {"weight_tokens": data["weight_tokens"] + 3.0}).loss > 2 * before.loss
 
 
+@torch.no_grad()
+def test_windows_do_not_see_each_other_and_decode_one_by_one():
+    torch.manual_seed(0)
+    vqvae, data = WeightVQVAE(WeightVQVAEConfig(**SIZES, **CODES, window=3)).eval(), batch()
+    before, mask = vqvae(**data), data["padding_mask"].any(-1)
+    other = data | {"weight_tokens": torch.cat([data["weight_tokens"][:, :3] + 1, data["weight_tokens"][:, 3:]], 1)}
+    after = vqvae(**other)
+    assert torch.equal(after.codes[:, 3:], before.codes[:, 3:]) and not torch.equal(after.codes, before.codes)
+    embedded = vqvae.embed_codes(before.codes)
+    for start in range(0, BODY + CLASSES, 3):
+        part = [t[:, start : start + 3] for t in (embedded, data["descriptors"], data["name_embeds"], mask)]
+        whole = before.weight_tokens[:, start : start + 3]
+        torch.testing.assert_close(vqvae.decode(*part)[part[3]], whole[part[3]])
+
+
 def test_training_learns_through_gumbel_softmax_and_uses_several_codes(vqvae):
     data = batch()
     optimizer = torch.optim.Adam(vqvae.train().parameters(), lr=3e-3)

@@ -33,6 +33,8 @@ class WeightVQVAEConfig(PreTrainedConfig):
         descriptor_size: D.
         embedding_size: E; 384 is all-MiniLM-L6-v2.
         hidden_size, num_layers, num_attention_heads: Of the encoder, and of the decoder.
+        window: Tokens in a row that see each other: memory does not grow with the square of the network, and a long one is decoded
+            window by window.
         num_codes: K.
         code_size: Z.
         codes_per_token: R; each further code says what the codes in front of it left.
@@ -48,6 +50,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_layers: int = 2
     num_attention_heads: int = 4
+    window: int = 512
     num_codes: int = 1024
     code_size: int = 64
     codes_per_token: int = 2
@@ -133,7 +136,7 @@ class WeightVQVAE(PreTrainedModel):
             `torch.FloatTensor` of shape `(B, L, Z)`: before it becomes codes.
         """
         hidden = self.token_in(weight_tokens) + self.describe[0](descriptors) + self.name_in[0](name_embeds)
-        return self.to_code(self.encoder(hidden, src_key_padding_mask=~mask))
+        return self.to_code(self._in_windows(self.encoder, hidden, mask))
 
     def quantise(
         self, values: Tensor, temperature: float = 0.0, gumbel: Tensor | None = None
@@ -182,7 +185,17 @@ class WeightVQVAE(PreTrainedModel):
             `torch.FloatTensor` of shape `(B, L, S)`: weight tokens.
         """
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
-        return self.token_out(self.decoder(hidden, src_key_padding_mask=~mask))
+        return self.token_out(self._in_windows(self.decoder, hidden, mask))
+
+    def _in_windows(self, transformer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+        """`(B, L, H)`, each window by itself; zeros where a window has no token."""
+        B, L, H = hidden.shape
+        size = min(self.config.window, L)
+        windows, seen = -(-L // size), F.pad(mask, (0, -L % size)).view(-1, size)
+        rows = F.pad(hidden, (0, 0, 0, -L % size)).view(B * windows, size, H)
+        real = seen.any(1)
+        out = torch.zeros_like(rows).index_put((real,), transformer(rows[real], src_key_padding_mask=~seen[real]))
+        return out.view(B, windows * size, H)[:, :L]
 
     def forward(
         self,
