@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_weightgen import IGPGPipeline, WeightGenPipeline
+from hf_weightgen import IGPGPipeline, LayoutMismatchError, WeightGenPipeline
 from hf_weightgen.hub.untrusted import UntrustedFileError
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
@@ -88,6 +88,20 @@ def test_codes_decode_to_the_weights(pipe):
     assert codes.weights == [] and torch.equal(codes.latents, output.latents)
     class_embeds = pipe.encoder.embed(output.labels[0])[None]
     assert weights_are_equal(pipe.decode_codes(codes.latents, 1, class_embeds)[0], output.weights[0])
+
+
+@pytest.mark.parametrize("window", [2, 5, 512])
+def test_a_stream_of_tensors_is_the_network(pipe, window):
+    pipe.vqvae.config.window = window
+    output = pipe("which digit is it", architecture="large", generator=random(0))
+    class_embeds = pipe.encoder.embed(output.labels[0])[None]
+    codes = output.latents[0][output.latents[0, :, 0] >= 0]
+    streamed = dict(pipe.stream_codes(codes, 2, class_embeds))
+    assert streamed.keys() == output.weights[0].keys()
+    for name, tensor in output.weights[0].items():
+        torch.testing.assert_close(streamed[name], tensor)
+    with pytest.raises(LayoutMismatchError, match="with these classes has .* tokens, got codes of"):
+        dict(pipe.stream_codes(codes[:-1], 2, class_embeds))
 
 
 @pytest.mark.parametrize("label_count", [2, 5])

@@ -421,3 +421,16 @@ def test_layouts_side_by_side_have_places_of_their_own_and_come_back(seed):
         (back,) = tokenizer.decode(tokenizer.own_tokens(wide[i : i + 1], k), [k], [classes])
         for name, tensor in member.items():
             torch.testing.assert_close(back[name], tensor)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_a_stream_of_tokens_hands_out_the_tensors_in_order(count):
+    state_dict = {"a": torch.randn(5, 3), "b": torch.randn(2), "classifier.weight": torch.randn(4, 3)}
+    tokenizer = WeightTokenizer.fit([state_dict], token_size=4, head=["classifier.weight"])
+    tokens = tokenizer([state_dict])["weight_tokens"][0]
+    streamed = list(tokenizer.decode_stream(tokens.split(count), 0, 4))
+    assert [name for name, _ in streamed] == ["a", "b", "classifier.weight"]
+    for name, tensor in streamed:
+        torch.testing.assert_close(tensor, state_dict[name])
+    with pytest.raises(LayoutMismatchError, match="The head .* needs 4 tokens, 3 are left"):
+        list(tokenizer.decode_stream(tokens[:-1].split(count), 0, 4))

@@ -6,7 +6,7 @@ Notation: N samples, L tokens of a network, R codes per token, C classes, S scal
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.mixed import in_words
 from ..weights.descriptors import SIZE
+from ..weights.layout import LayoutMismatchError
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
 from .loading import check_settings, check_targets
@@ -198,6 +199,43 @@ class IGPGPipeline(WeightGenPipeline):
         counts = torch.full((count,), class_embeds.shape[1])
         weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
         return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
+
+    @torch.no_grad()
+    def stream_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """
+        [`~IGPGPipeline.decode_codes`] of one network, window by window: memory does not grow with the network.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(L, R)`).
+
+        Yields:
+            Names and tensors, those of the head last.
+
+        Raises:
+            LayoutMismatchError: If the network has another number of tokens.
+        """
+        vqvae, size = self.vqvae, self.vqvae.config.window
+        described, names = (part[0] for part in self._described(layout, class_embeds))
+        if len(codes) != len(described):
+            raise LayoutMismatchError(
+                f"Layout {layout} with these classes has {len(described)} tokens, got codes of {len(codes)}."
+            )
+
+        def windows() -> Iterator[Tensor]:
+            for start in range(0, len(codes), size):
+                part = slice(start, start + size)
+                parts = (vqvae.embed_codes(codes[part].to(vqvae.device)), described[part], names[part])
+                own = [tensor[None].to(vqvae.device) for tensor in parts]
+                yield vqvae.decode(*own, codes[None, part, 0].to(vqvae.device) >= 0)[0].float().cpu()
+
+        head = self.weight_tokenizer.layouts[layout].head
+        of_head = {}
+        for name, tensor in self.weight_tokenizer.decode_stream(windows(), layout, class_embeds.shape[1]):
+            if name in head:
+                of_head[name] = tensor
+            else:
+                yield name, tensor
+        yield from center_head(of_head, head).items()
 
     def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """For class names `(n, C, E)` what tokens are, `(n, L, D)`, and the names of their classes `(n, L, E)`, zeros for body tokens."""

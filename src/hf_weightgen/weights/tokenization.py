@@ -15,7 +15,7 @@ Notation used for shapes and units:
     - token values are dimensionless: `(weight - mean) / std`, with one mean and one std per tensor of a layout
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -322,6 +322,47 @@ class WeightTokenizer(FeatureExtractionMixin):
                 for b, value in zip(rows.tolist(), values.split(num_classes[rows].tolist()), strict=True):
                     state_dicts[b][piece.spec.name] = value.reshape(piece.spec.shape_for(len(value))).clone()
         return state_dicts
+
+    def decode_stream(
+        self, windows: Iterable[Tensor], layout_id: int = 0, num_classes: int = 0
+    ) -> Iterator[tuple[str, Tensor]]:
+        """
+        [`~WeightTokenizer.decode`] of one checkpoint whose tokens come a few at a time: each tensor is handed out as soon as its last
+        token is there, so that a network larger than memory can be written to disk.
+
+        Args:
+            windows (`Iterable[torch.Tensor]` of shapes `(n, S)`): Tokens in their order, any number at a time.
+
+        Yields:
+            Names and tensors, those of the head last.
+
+        Raises:
+            LayoutMismatchError: If tokens are missing, or the layout has tensors that travel beside the tokens.
+        """
+        plan, waiting, source = self._plan(layout_id), torch.zeros(0, self.token_size), iter(windows)
+        if plan.beside:
+            raise LayoutMismatchError(
+                f"The tensors {[spec.name for spec in plan.beside]} travel beside the tokens; use `decode`."
+            )
+
+        def take(count: int, what: str) -> Tensor:
+            nonlocal waiting
+            while len(waiting) < count:
+                more = next(source, None)
+                if more is None:
+                    raise LayoutMismatchError(f"{what} needs {count} tokens, {len(waiting)} are left.")
+                waiting = torch.cat([waiting, more])
+            taken, waiting = waiting[:count], waiting[count:]
+            return taken
+
+        for piece in plan.body:
+            tokens = take(piece.stop - piece.start, f"Tensor {piece.spec.name!r}")
+            yield piece.spec.name, piece.restore(tokens.flatten()[: piece.numel]).reshape(piece.spec.shape)
+        if plan.head:
+            tokens = take(num_classes, f"The head {list(plan.layout.head)}")
+            for piece in plan.head:
+                values = piece.restore(tokens[:, piece.start : piece.stop])
+                yield piece.spec.name, values.reshape(piece.spec.shape_for(num_classes))
 
     def to_dict(self) -> dict:
         """The JSON config. Tensors stay lists of objects: the keys of an object come back sorted."""
