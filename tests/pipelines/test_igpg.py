@@ -124,6 +124,23 @@ def test_a_dataset_asks_in_the_place_of_a_prompt_or_beside_one(pipe):
     assert not weights_are_equal(both.weights[0], alone.weights[0])
 
 
+def test_known_pairs_are_ranked_by_what_the_generator_would_write(pipe):
+    for parameter in (
+        *pipe.prior.condition_in.parameters(),
+        *pipe.prior.model.parameters(),
+        pipe.prior.lm_head.weight,
+    ):
+        parameter.data *= 5  # untrained, the condition would hardly count
+    ranked = pipe.rank("which digit is it")
+    assert {(pair["task"], pair["architecture"]) for pair in ranked} == {
+        ("sst2", None), ("digits", "small"), ("digits", "large"),
+    }  # fmt: skip
+    assert [pair["score"] for pair in ranked] == sorted((pair["score"] for pair in ranked), reverse=True)
+    own = {pair["task"]: pair["score"] for pair in ranked if pair["task"] == "digits"}
+    assert abs(own["digits"]) < 1e-4  # the request is the task's own prompt
+    assert abs(next(pair["score"] for pair in ranked if pair["task"] == "sst2")) > 1e-3
+
+
 def test_saved_and_loaded_it_makes_the_same_weights(pipe, encoder, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = WeightGenPipeline.from_pretrained(tmp_path)

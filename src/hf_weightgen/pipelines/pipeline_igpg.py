@@ -15,7 +15,8 @@ from torch import Tensor
 from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
-from ..targets.mixed import in_words
+from ..targets.base_models import unpack_embeddings
+from ..targets.mixed import in_words, target_numbers
 from ..weights.descriptors import SIZE
 from ..weights.layout import LayoutMismatchError
 from ..weights.lora import center_head
@@ -178,6 +179,37 @@ class IGPGPipeline(WeightGenPipeline):
             generator_revision=self.revision,
         )
         return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def rank(self, prompt: str | None = None, dataset: object | None = None) -> list[dict]:
+        """
+        Which of the known tasks and architectures fit a description, a dataset, or both, by the generator's own likelihood: of each
+        pair the codes that it writes when it is asked by the task's own prompt; these codes under what the caller asks for.
+
+        Args:
+            prompt, dataset: As of a call.
+
+        Returns:
+            `list[dict]`, the best first: `task`, `architecture` (`None` where targets have no names) and `score`, by how many nats a
+            code is likelier (above 0) or less likely to follow from the request than from the task's own prompt.
+        """
+        size = self.vqvae.config.embedding_size
+        request = read_request(self, size, prompt, None, 1, None, None, dataset, None)
+        known = []
+        for task in self.config.tasks:
+            class_embeds = self.encoder.embed(list(task["labels"]))[None]
+            own = unpack_embeddings(task["prompt_embeddings"], size)[:1]
+            for number in target_numbers(task):
+                target = self.targets[number]
+                described = [part.to(self.prior.device) for part in self._described(target["layout"], class_embeds)]
+                asked = self._conditions(request, 0, target).to(self.prior.device)
+                by_task = torch.zeros_like(asked)
+                by_task[0, 0], by_task[0, 2] = own[0], asked[0, 2]
+                codes = self.prior.write(by_task, *described)
+                losses = [self.prior.code_losses(codes, told, *described)[0].mean() for told in (asked, by_task)]
+                score = (losses[1] - losses[0]).item()
+                known.append({"task": task["name"], "architecture": target.get("name"), "score": score})
+        return sorted(known, key=lambda pair: -pair["score"])
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> list[dict[str, Tensor]]:
