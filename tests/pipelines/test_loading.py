@@ -125,7 +125,9 @@ def test_pickles_are_refused(name, saved, on_the_hub, hub):
 
 def test_other_pipelines_are_refused(saved, edit):
     edit("model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(ValueError, match=r"'StableDiffusionPipeline', expected one of \['D2NWGPipeline', 'IGPGPipeline'\]"):
+    with pytest.raises(
+        ValueError, match=r"'StableDiffusionPipeline', expected one of \['D2NWGPipeline', 'IGPGPipeline'\]"
+    ):
         WeightGenPipeline.from_pretrained(saved)
 
 

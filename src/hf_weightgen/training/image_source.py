@@ -165,7 +165,13 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
             [(pair.config, layout) for pair, layout in zip(pairs, layouts, strict=True)],
             _training_images(pairs),
         )
-    vae_settings = {"kl_weight": 1e-3, "learns_noise": not large, "noise_weight": 5e-3, "hidden_size": 192}
+    vae_settings = {
+        "kl_weight": 1e-3,
+        "learns_noise": not large,
+        "noise_weight": 5e-3,
+        "hidden_size": 192,
+        "token_width": 28,
+    }
     if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
         rows_of = [(train.task_of == t).nonzero().flatten() for t in range(len(pairs))]
         spreads = [train.weight_tokens[rows].var(0)[train.padding_mask[rows[0]]] for rows in rows_of]
