@@ -220,17 +220,7 @@ def main():
             ),
             "vae-task",
         )
-    original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
-    reconstructed = source.accuracy(source.state_dicts(held_out, reconstruct(vae, held_out)), held_out)
-    skipped = False
-    try:
-        gate = check_gate(original, reconstructed)
-    except GateError as error:
-        if not args.skip_gate:
-            raise SystemExit(f"Gate: {error}") from None
-        accelerator.print(f"Gate skipped: {error}")
-        gate, skipped = {"losses": {t: 100 * (original[t] - reconstructed[t]) for t in original}}, True
-    accelerator.print("gate: reconstruction costs", {t: round(x, 2) for t, x in gate["losses"].items()}, "points")
+    gate, skipped = judged(args, accelerator, source, reconstruct(vae, held_out))
 
     # Stage 2: diffusion over unit-std latents
     fit_latent_scale(vae, *encode(vae, zoo))
@@ -320,6 +310,22 @@ def load_source(args, encoder, bf16: bool) -> Source:
     if len(args.zoo) == 1 and "base_model" in load_zoo(args.zoo[0])[0]["arch"]:
         return text_source(encoder, args.zoo[0], args.data_root, bf16)
     return image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
+
+
+def judged(args, accelerator: Accelerator, source: Source, reconstructed: torch.Tensor) -> tuple[dict, bool]:
+    """The gate's figures for what is made of the held-out rows' tokens, and whether it was skipped; without `--skip_gate` it ends the run."""
+    held_out, skipped = source.held_out, False
+    original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
+    scores = source.accuracy(source.state_dicts(held_out, reconstructed), held_out)
+    try:
+        gate = check_gate(original, scores)
+    except GateError as error:
+        if not args.skip_gate:
+            raise SystemExit(f"Gate: {error}") from None
+        accelerator.print(f"Gate skipped: {error}")
+        gate, skipped = {"losses": {t: 100 * (original[t] - scores[t]) for t in original}}, True
+    accelerator.print("gate: reconstruction costs", {t: round(x, 2) for t, x in gate["losses"].items()}, "points")
+    return gate, skipped
 
 
 def figures(pipe: WeightGenPipeline, source, seed: int) -> dict:

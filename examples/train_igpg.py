@@ -22,11 +22,10 @@ from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
 from hf_weightgen.targets.image_encoders import MOBILENET
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
-from hf_weightgen.training.d2nwg import GateError, check_gate
 from hf_weightgen.training.dataset_encoder import dataset_loss
 from hf_weightgen.training.igpg import VQVAELoss, encode_zoo, prior_loss, shown_datasets
 from hf_weightgen.training.loop import LoopConfig, train
-from train_d2nwg import figures, load_source
+from train_d2nwg import figures, judged, load_source
 
 
 def parse_args():
@@ -101,17 +100,7 @@ def main():
     if task_steps:
         settings = {"train_batch_size": args.task_batch_size, "learning_rate": source.task_learning_rate}
         used = fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, **settings)
-    original = source.accuracy(source.state_dicts(held_out, held_out.weight_tokens), held_out)
-    reconstructed = encode_zoo(vqvae.eval(), held_out, tokenizer)[1]
-    reconstructed, skipped = source.accuracy(source.state_dicts(held_out, reconstructed), held_out), False
-    try:
-        gate = check_gate(original, reconstructed)
-    except GateError as error:
-        if not args.skip_gate:
-            raise SystemExit(f"Gate: {error}") from None
-        accelerator.print(f"Gate skipped: {error}")
-        gate, skipped = {"losses": {t: 100 * (original[t] - reconstructed[t]) for t in original}}, True
-    accelerator.print("gate: codes cost", {t: round(x, 2) for t, x in gate["losses"].items()}, "points")
+    gate, skipped = judged(args, accelerator, source, encode_zoo(vqvae.eval(), held_out, tokenizer)[1])
 
     # Stage 2: the prior over codes
     targets = source.targets or [{**source.target, "layout": 0}] * len(source.train.tasks)

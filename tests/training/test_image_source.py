@@ -172,6 +172,12 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     assert WeightGenPipeline.from_pretrained(tmp_path / "run" / "pipeline").dataset_encoder is not None
     assert list(json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]) == ["grey"]
 
+    steps = [part for name in ("vqvae", "task", "dataset", "max_train") for part in (f"--{name}_steps", 2)]
+    monkeypatch.syspath_prepend(examples)
+    run("train_igpg.py", *steps, "--skip_gate", "--output_dir", tmp_path / "codes")
+    codes = WeightGenPipeline.from_pretrained(tmp_path / "codes" / "pipeline")
+    assert codes.dataset_encoder is not None and len(codes(tasks.IMAGE_TASKS["grey"].prompts[0]).weights) == 1
+
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(examples / "reproduce")
     out, small = tmp_path / "curves.json", ("--n", 2, "--images", 16)
