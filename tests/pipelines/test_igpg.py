@@ -75,7 +75,8 @@ def test_one_generator_makes_adapters_and_networks_of_the_architecture_that_is_a
 def test_samples_are_their_own_in_any_call_and_seeds_tell_them_apart(pipe):
     several = pipe("which digit is it", num_samples=3, generator=random(0))
     single = pipe("which digit is it", generator=random(0))
-    assert weights_are_equal(several.weights[0], single.weights[0])
+    assert torch.equal(several.latents[:1], single.latents)
+    torch.testing.assert_close(several.weights[0], single.weights[0])  # a batch of another size is summed in another order
     assert not torch.equal(several.latents[0], several.latents[1])
     likeliest = pipe("which digit is it", num_samples=2, temperature=0)
     assert torch.equal(likeliest.latents[0], likeliest.latents[1])
