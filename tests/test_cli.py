@@ -13,7 +13,7 @@ from hf_weightgen import __version__
 from hf_weightgen.cli import main
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.base_models import MINILM, load_tokenizer
-from tiny import network_pipeline, random
+from tiny import igpg_pipeline, network_pipeline, random
 
 
 PROMPT = "sentiment on SST-2"
@@ -42,7 +42,9 @@ def run(monkeypatch, capsys):
     return command
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["zoo"], ["zoo", "build"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["evaluate"], ["rank"], ["zoo"], ["zoo", "build"]], ids=" ".join
+)
 def test_help(command, run):
     code, out, _ = run(*command, "--help")
     assert code == 0 and "Usage" in out and "--help" in out
@@ -217,6 +219,37 @@ def test_an_architecture_is_asked_for_by_name(encoder, run, tmp_path):
     assert "--architecture perceptron" in (tmp_path / "out" / "README.md").read_text()
     code, _, err = run(*arguments, "lenet")
     assert code == 1 and "must be one of ['perceptron'], got 'lenet'" in err and "Traceback" not in err
+
+
+def test_known_pairs_are_ranked(encoder, run, tmp_path):
+    generator = tmp_path / "generator"
+    igpg_pipeline(encoder).save_pretrained(generator)
+    code, out, _ = run("rank", generator, "--prompt", "which digit is it", "--format", "json")
+    ranked = json.loads(out)
+    assert code == 0 and {(one["task"], one["architecture"]) for one in ranked} == {
+        ("sst2", None), ("digits", "small"), ("digits", "large"),
+    }  # fmt: skip
+    assert [one["score"] for one in ranked] == sorted((one["score"] for one in ranked), reverse=True)
+    code, out, _ = run("rank", generator, "--prompt", "which digit is it")
+    assert code == 0 and len(out.splitlines()) == 3 and "digits (large)" in out
+    code, _, err = run("rank", generator, "--dataset", "nowhere", "--data-root", tmp_path)
+    assert code == 1 and "nowhere" in err and "Traceback" not in err
+    code, _, err = run("rank", generator)
+    assert code == 1 and "Give" in err
+
+
+def test_diffusion_models_do_not_rank(generator, run):
+    code, _, err = run("rank", generator, "--prompt", PROMPT)
+    assert code == 1 and "is a D2NWGPipeline, which has no likelihood" in err
+
+
+def test_codes_are_written_by_the_same_command(encoder, run, tmp_path):
+    generator = tmp_path / "generator"
+    igpg_pipeline(encoder).save_pretrained(generator)
+    asked = ["generate", "which digit is it", "--generator", generator, "--out", tmp_path / "out"]
+    assert run(*asked, "--architecture", "large")[0] == 0 and (tmp_path / "out" / "model.safetensors").is_file()
+    code, _, err = run(*asked, "--guidance-scale", "2")
+    assert code == 1 and "guidance_scale" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

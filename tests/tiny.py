@@ -6,8 +6,11 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
+from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.pipelines.pipeline_d2nwg import D2NWGPipeline
+from hf_weightgen.pipelines.pipeline_igpg import IGPGPipeline
 from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import MINILM, pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
@@ -112,6 +115,39 @@ def network_pipeline(encoder) -> D2NWGPipeline:
     digits = {"name": "digits", "family": "digits", "labels": ["zero", "one", "two"], "prompt_embeddings": prompt}
     pipe.register_to_config(target={"kind": "network", "config": settings}, tasks=[digits])
     return pipe
+
+
+SIZES = {"small": (4,), "large": (6, 5)}  # hidden units of the networks of [`igpg_pipeline`]
+
+
+def igpg_pipeline(encoder) -> IGPGPipeline:
+    """Never trained; knows a task of texts, and one of features in two architectures."""
+    torch.manual_seed(0)
+    configs = {name: {"input_shape": [7], "layers": mlp(*hidden)} for name, hidden in SIZES.items()}
+    networks = [TargetModel(TargetConfig(**settings, num_classes=3)).state_dict() for settings in configs.values()]
+    tokenizer = WeightTokenizer.fit([adapter(0), *networks], 385, head=[WEIGHT, BIAS, *HEAD])
+    codes = {"num_codes": 16, "codes_per_token": 2}
+    vqvae = WeightVQVAE(
+        WeightVQVAEConfig(token_size=385, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes)
+    )
+    prior = IGPGPrior(
+        IGPGConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **codes)
+    )
+    targets = [{"kind": "adapter", "base_model": MINILM, "lora": LORA, "layout": 0}]
+    targets += [
+        {"kind": "network", "name": name, "config": settings, "layout": layout}
+        for layout, (name, settings) in enumerate(configs.items(), start=1)
+    ]
+    tasks = [
+        {"name": "sst2", "family": "film", "labels": ["negative", "positive"], "targets": [0]},
+        {"name": "digits", "family": "digits", "labels": ["zero", "one", "two"], "targets": [1, 2]},
+    ]
+    for task, prompt in zip(tasks, ("sentiment on SST-2", "which digit is it"), strict=True):
+        task["prompt_embeddings"] = pack_embeddings(encoder.embed([prompt]))
+    return IGPGPipeline(
+        vqvae=vqvae.eval(), prior=prior.eval(), weight_tokenizer=tokenizer, target=targets[0], targets=targets, tasks=tasks,
+        encoder={"id": MINILM, "revision": None, "sha256": None},
+    )  # fmt: skip
 
 
 def train_a_little(pipe: D2NWGPipeline, steps: int = 5) -> None:

@@ -75,8 +75,8 @@ def generate(
     _quiet()
     told = ["generate", prompt, *(["--labels", labels] if labels is not None else ())]
     given = {"num-samples": num_samples, "seed": seed, "generator": generator}
-    given |= {"num-inference-steps": num_inference_steps, "guidance-scale": guidance_scale}
-    given |= {"architecture": architecture}
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}  # of a diffusion model
+    given |= {name.replace("_", "-"): value for name, value in settings.items()} | {"architecture": architecture}
     told += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
@@ -89,10 +89,9 @@ def generate(
         prompt,
         labels=[name.strip() for name in labels.split(",")] if labels is not None else None,
         num_samples=num_samples,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
         architecture=architecture,
         generator=torch.Generator().manual_seed(seed),
+        **{name: value for name, value in settings.items() if value is not None},
     )
     output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))} --out DIR"
     folders = output.save_pretrained(out) if out is not None else []
@@ -184,6 +183,44 @@ def evaluate(
     if out is not None:
         write_results(out, spec.name, command, seed, rows)
     print(json.dumps(rows, indent=1) if format_ == "json" else format_table(rows))
+
+
+@app.command()
+def rank(
+    generator: Annotated[str, typer.Argument(help="Folder or Hub id of a generator that writes codes (IGPG).")],
+    prompt: Annotated[str | None, typer.Option(help="What the network shall do.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Id or folder of a dataset with a column of class labels and one of images or texts."),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Of the dataset, where it has several.")] = None,
+    split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
+    data_root: DataRoot = None,
+    format_: Format = "text",
+):
+    """Rank the tasks and architectures that a generator knows by how well they fit a description, a dataset, or both."""
+    _check_format(format_)
+    from datasets import load_dataset
+
+    from .pipelines.pipeline_utils import WeightGenPipeline
+
+    _quiet()
+    pipe = WeightGenPipeline.from_pretrained(generator)
+    if not hasattr(pipe, "rank"):
+        raise ValueError(
+            f"{generator!r} is a {type(pipe).__name__}, which has no likelihood; only IGPG's generators rank."
+        )
+    examples = None
+    if dataset is not None:
+        examples = load_dataset(str(data_root / dataset) if data_root is not None else dataset, config, split=split)
+    ranked = pipe.rank(prompt, examples)
+    if format_ == "json":
+        print(json.dumps(ranked, indent=1))
+        return
+    for pair in ranked:
+        print(
+            f"{pair['score']:+8.3f}  {pair['task']}" + (f" ({pair['architecture']})" if pair["architecture"] else "")
+        )
 
 
 @app.command()

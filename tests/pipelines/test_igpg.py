@@ -3,53 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hf_weightgen import IGPGPipeline, LayoutMismatchError, WeightGenPipeline
 from hf_weightgen.hub.untrusted import UntrustedFileError
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
-from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
-from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
-from hf_weightgen.targets.base_models import MINILM, pack_embeddings
-from hf_weightgen.targets.functional import BIAS, WEIGHT
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.mixed import in_words
-from hf_weightgen.weights.tokenization import WeightTokenizer
-from tiny import LORA, adapter, random
-
-
-SIZES = {"small": (4,), "large": (6, 5)}
+from tiny import SIZES, adapter, igpg_pipeline, random
 
 
 @pytest.fixture
 def pipe(encoder) -> IGPGPipeline:
-    """Never trained; knows a task of texts, and one of features in two architectures."""
-    torch.manual_seed(0)
-    configs = {name: {"input_shape": [7], "layers": mlp(*hidden)} for name, hidden in SIZES.items()}
-    networks = [TargetModel(TargetConfig(**settings, num_classes=3)).state_dict() for settings in configs.values()]
-    tokenizer = WeightTokenizer.fit([adapter(0), *networks], 385, head=[WEIGHT, BIAS, *HEAD])
-    codes = {"num_codes": 16, "codes_per_token": 2}
-    vqvae = WeightVQVAE(
-        WeightVQVAEConfig(token_size=385, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes)
-    )
-    prior = IGPGPrior(
-        IGPGConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **codes)
-    )
-    targets = [{"kind": "adapter", "base_model": MINILM, "lora": LORA, "layout": 0}]
-    targets += [
-        {"kind": "network", "name": name, "config": settings, "layout": layout}
-        for layout, (name, settings) in enumerate(configs.items(), start=1)
-    ]
-    tasks = [
-        {"name": "sst2", "family": "film", "labels": ["negative", "positive"], "targets": [0]},
-        {"name": "digits", "family": "digits", "labels": ["zero", "one", "two"], "targets": [1, 2]},
-    ]
-    for task, prompt in zip(tasks, ("sentiment on SST-2", "which digit is it"), strict=True):
-        task["prompt_embeddings"] = pack_embeddings(encoder.embed([prompt]))
-    pipe = IGPGPipeline(
-        vqvae=vqvae.eval(), prior=prior.eval(), weight_tokenizer=tokenizer, target=targets[0], targets=targets, tasks=tasks,
-        encoder={"id": MINILM, "revision": None, "sha256": None},
-    )  # fmt: skip
+    pipe = igpg_pipeline(encoder)
     pipe._encoder = encoder
     return pipe
 
@@ -76,7 +44,9 @@ def test_samples_are_their_own_in_any_call_and_seeds_tell_them_apart(pipe):
     several = pipe("which digit is it", num_samples=3, generator=random(0))
     single = pipe("which digit is it", generator=random(0))
     assert torch.equal(several.latents[:1], single.latents)
-    torch.testing.assert_close(several.weights[0], single.weights[0])  # a batch of another size is summed in another order
+    torch.testing.assert_close(
+        several.weights[0], single.weights[0]
+    )  # a batch of another size is summed in another order
     assert not torch.equal(several.latents[0], several.latents[1])
     likeliest = pipe("which digit is it", num_samples=2, temperature=0)
     assert torch.equal(likeliest.latents[0], likeliest.latents[1])
@@ -103,6 +73,24 @@ def test_a_stream_of_tensors_is_the_network(pipe, window):
         torch.testing.assert_close(streamed[name], tensor)
     with pytest.raises(LayoutMismatchError, match="with these classes has .* tokens, got codes of"):
         dict(pipe.stream_codes(codes[:-1], 2, class_embeds))
+
+
+@pytest.mark.parametrize("shard_size, files", [(10**6, 1), (100, 4)])
+def test_networks_are_written_shard_by_shard(pipe, tmp_path, shard_size, files):
+    asked = {"prompt": "which digit is it", "architecture": "large"}
+    whole = pipe(**asked, generator=random(0))
+    output = pipe(**asked, generator=random(0), output_type="codes", save_directory=tmp_path, shard_size=shard_size)
+    assert output.weights == [] and len(list(tmp_path.glob("*.safetensors"))) == files
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors", ".json"}
+    model = whole.to_model(0)
+    model.config.save_pretrained(tmp_path)
+    again = TargetModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor)
+    several = pipe(**asked, num_samples=2, output_type="codes", save_directory=tmp_path / "two")
+    assert several.weights == [] and len(list((tmp_path / "two").glob("000[01]/model.safetensors"))) == 2
+    with pytest.raises(ValueError, match="`shard_size` must be a whole number of bytes"):
+        pipe(**asked, output_type="codes", save_directory=tmp_path, shard_size=0)
 
 
 @pytest.mark.parametrize("label_count", [2, 5])
@@ -177,6 +165,7 @@ def test_parts_of_different_generators_are_refused(pipe, tmp_path):
         ({"top_p": 0}, "`top_p` must be a number above 0 and up to 1, got 0"),
         ({"output_type": "latent"}, "`output_type` must be 'weights' or 'codes', got 'latent'"),
         ({"architecture": "resnet20"}, "must be one of \\['small', 'large'\\], got 'resnet20'"),
+        ({"save_directory": "nowhere"}, "`output_type` must be 'codes'"),
         ({"num_samples": 0}, "`num_samples` must be a whole number of at least 1, got 0"),
     ],
 )
@@ -185,9 +174,74 @@ def test_faults_name_what_came(pipe, settings, message):
         pipe("which digit is it", **settings)
 
 
+class Own(nn.Module):
+    """A network that no generator knows, with a buffer of its own."""
+
+    def __init__(self, hidden: int, classes: int = 3):
+        super().__init__()
+        self.first, self.last = nn.Linear(7, hidden), nn.Linear(hidden, classes)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, inputs):
+        return self.last(torch.relu(self.first(inputs * self.scale)))
+
+
+@pytest.mark.parametrize("hidden", [9, 500])
+def test_any_module_gets_weights(pipe, hidden):
+    module = Own(hidden)  # a row of 500 does not fit into a token: the head then is cut as other tensors are
+    output = pipe("which digit is it", architecture=module, num_samples=2, generator=random(0))
+    made = output.to_model(1)
+    assert type(made) is Own and made is not module and made.scale == 2
+    assert weights_are_equal(dict(made.named_parameters()), output.weights[1])
+    assert output.weights[0]["first.weight"].shape == (hidden, 7) and not weights_are_equal(*output.weights)
+    scale = output.weights[0]["first.weight"].std() / pipe("which digit is it").weights[0]["hidden.weight"].std()
+    assert 0.2 < scale < 5
+    assert len(pipe.targets) == 3
+    with pytest.raises(ValueError, match="module of your own"):
+        output.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="has 3 outputs, asked for are 2 classes"):
+        pipe("which digit is it", labels=["a", "b"], architecture=module)
+
+
+def test_unseen_architectures_by_their_config(pipe, tmp_path):
+    for hidden in ((5, 5, 5), (3,), (700,)):
+        config = TargetConfig(input_shape=[7], layers=mlp(*hidden), num_classes=3, activation="relu")
+        made = pipe("which digit is it", architecture=config, generator=random(0)).to_model(0)
+        assert made.config.activation == "relu" and made(torch.randn(2, 7)).logits.shape == (2, 3)
+    wider = pipe.with_architecture(config, name="wide")
+    assert [target["name"] for target in wider.targets[1:]] == ["small", "large", "wide"]
+    wider.save_pretrained(tmp_path)
+    again = IGPGPipeline.from_pretrained(tmp_path)
+    again._encoder = pipe.encoder
+    outputs = [p("which digit is it", architecture="wide", generator=random(1)) for p in (wider, again)]
+    torch.testing.assert_close(outputs[0].weights[0], outputs[1].weights[0])
+
+
+def test_known_architectures_by_their_config_are_the_known_ones(pipe):
+    by_name = pipe("which digit is it", architecture="large", generator=random(0))
+    config = by_name.to_model(0).config
+    by_config = pipe("which digit is it", architecture=config, generator=random(0))
+    torch.testing.assert_close(by_config.weights[0], by_name.weights[0])
+
+
+@pytest.mark.parametrize(
+    "architecture, error, message",
+    [
+        (TargetConfig(input_shape=[8], layers=mlp(3)), ValueError, "No task of this generator has networks that read"),
+        (nn.ReLU(), ValueError, "module with parameters"),
+        (nn.Linear(9, 3), ValueError, "No task of this generator has networks that read"),
+        (nn.Sequential(nn.Linear(7, 3), nn.Conv1d(3, 3, 2)), ValueError, "no network that this generator knows has"),
+        (7, ValueError, "`architecture` of the task"),
+    ],
+)
+def test_architectures_that_do_not_fit(pipe, architecture, error, message):
+    with pytest.raises(error, match=message):
+        pipe("which digit is it", architecture=architecture)
+
+
 def test_targets_in_words_are_told_apart(pipe):
     words = [in_words(target) for target in pipe.targets]
     assert words[0] == "LoRA adapter of rank 4 on query, value of all-MiniLM-L6-v2"
-    assert words[2] == "large: network for inputs of 7, tanh; linear 6, linear 5"
+    assert words[2] == "network for inputs of 7, tanh; linear 6, linear 5"
     embeds = pipe.encoder.embed(words)
     assert (F.normalize(embeds, dim=-1) @ F.normalize(embeds, dim=-1).mT - torch.eye(3)).max() < 0.999

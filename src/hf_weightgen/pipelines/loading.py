@@ -275,7 +275,9 @@ def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> Non
             raise ValueError(f"`lora` has r = {target['lora']['r']}, the tokenizer's tensors have {sorted(ranks)}.")
         if target["kind"] == "network":
             with torch.device("meta"):
-                wanted = TargetModel(TargetConfig(**target["config"], num_classes=2)).state_dict()
+                wanted = TargetModel(
+                    TargetConfig(**target["config"], num_classes=target.get("num_classes", 2))
+                ).state_dict()
             body = {name: shape for name, shape in tensors.items() if name not in layout.head}
             if any(name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()):
                 raise ValueError("`target` describes another network than the tokenizer's tensors.")

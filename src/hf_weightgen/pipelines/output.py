@@ -1,5 +1,6 @@
 """What weight-generation pipelines return: weights that become models, folders and repositories."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hub.cards import DETAILS, add_results, needs_card, readdress, version, write_card
 from ..hub.errors import explained
@@ -67,6 +68,7 @@ class WeightGenOutput(BaseOutput):
     generator_revision: str | None = None
     command: str | None = None
     predicted_accuracies: list | None = None
+    module: nn.Module | None = None
 
     def __repr__(self) -> str:
         prompts = list(dict.fromkeys(self.prompts))
@@ -75,18 +77,26 @@ class WeightGenOutput(BaseOutput):
     def to_model(self, index: int = 0):
         """
         The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
-        `id2label`, or a [`TargetModel`].
+        `id2label`, a [`TargetModel`], or a copy of the caller's own module, with its buffers.
         """
         count = len(self.weights)
         if not -count <= index < count:
             raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
         weights, names, target = self.weights[index], self.labels[index], self.targets[index]
+        if target["kind"] == "module":
+            if self.module is None:
+                raise ValueError(
+                    "The weights are for a module that is not here; load them with its `load_state_dict`."
+                )
+            model = copy.deepcopy(self.module)
+            model.load_state_dict(weights, strict=False)
+            return model.eval()
         id2label = dict(enumerate(names))
         label2id = {name: i for i, name in id2label.items()}
         if target["kind"] == "network":
             config = TargetConfig(**target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
             model = TargetModel(config)
-            model.load_state_dict(weights)
+            model.load_state_dict({**dict(model.named_buffers()), **weights})
             return model.eval()
         base = load_classifier(target["base_model"], len(names), id2label=id2label, label2id=label2id)
         model = get_peft_model(base, LoraConfig(**target["lora"]))
@@ -115,6 +125,8 @@ class WeightGenOutput(BaseOutput):
             `list[Path]`: The folders.
         """
         root = Path(save_directory)
+        if any(target["kind"] == "module" for target in self.targets):
+            raise ValueError("The weights are for a module of your own: save that, as `to_model` returns it.")
         if not self.weights:
             raise ValueError(
                 "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."

@@ -5,29 +5,42 @@ Reference: IGPG (https://huggingface.co/papers/2504.02012).
 Notation: N samples, L tokens of a network, R codes per token, C classes, S scalars per token, E size of an embedding.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
+from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import in_words, target_numbers
+from ..targets.mixed import in_words, target_numbers, target_of
 from ..weights.descriptors import SIZE
 from ..weights.layout import LayoutMismatchError
 from ..weights.lora import center_head
 from ..weights.tokenization import WeightTokenizer
+from ..weights.unseen import with_layout
 from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
 from .request import Request, read_request, sample_generators
+from .shards import SHARD_SIZE, write_shards
 
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
+GIVEN = "given"  # name of an architecture that a caller brings
+KEPT = (
+    "encoder",
+    "image_encoder",
+    "far_below",
+    "known_above",
+    "temperature",
+)  # by a generator with one architecture more
 
 
 class IGPGPipeline(WeightGenPipeline):
@@ -117,16 +130,22 @@ class IGPGPipeline(WeightGenPipeline):
         output_type: str = "weights",
         return_dict: bool = True,
         dataset: object | None = None,
-        architecture: str | None = None,
+        architecture: str | TargetConfig | nn.Module | None = None,
+        save_directory: str | os.PathLike | None = None,
+        shard_size: int = SHARD_SIZE,
     ) -> WeightGenOutput | tuple:
         r"""
         Args:
-            prompt, dataset, labels, num_samples, generator, prompt_embeds, architecture: As of a call of [`D2NWGPipeline`].
+            prompt, dataset, labels, num_samples, generator, prompt_embeds: As of a call of [`D2NWGPipeline`].
+            architecture: One of the task's networks by its name, or any other, see [`~IGPGPipeline.with_architecture`].
             temperature: Of sampling: 1 as learned, less is nearer to the likeliest codes, 0 takes them.
             top_k, top_p: Only the `top_k` likeliest codes, or the likeliest ones that have `top_p` of the probability, may
                 follow; 0 and 1 leave all in.
             output_type: `"weights"`, or `"codes"` to stop before decoding.
             return_dict: `False` returns a tuple.
+            save_directory: With `output_type="codes"`: weights are decoded to files in it, tensor by tensor, so that a network may
+                be larger than memory; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
+            shard_size: Bytes of a file.
 
         Returns:
             [`WeightGenOutput`], whose `latents` are the codes `(N, L, R)`, with -1 where a network has fewer tokens.
@@ -134,6 +153,12 @@ class IGPGPipeline(WeightGenPipeline):
         Raises:
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
         """
+        if isinstance(architecture, (TargetConfig, nn.Module)):
+            wider = self.with_architecture(architecture)
+            asked = {"prompt": prompt, "labels": labels, "num_samples": num_samples, "dataset": dataset}
+            asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+            asked |= {"prompt_embeds": prompt_embeds, "output_type": output_type, "return_dict": return_dict}
+            return wider(**asked, architecture=GIVEN, save_directory=save_directory, shard_size=shard_size)
         temperature = self.config.temperature if temperature is None else temperature
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature <= 100:
             raise ValueError(f"`temperature` must be a number from 0 to 100, got {temperature!r}.")
@@ -143,6 +168,8 @@ class IGPGPipeline(WeightGenPipeline):
             raise ValueError(f"`top_p` must be a number above 0 and up to 1, got {top_p!r}.")
         if output_type not in ("weights", "codes"):
             raise ValueError(f"`output_type` must be 'weights' or 'codes', got {output_type!r}.")
+        if save_directory is not None and output_type != "codes":
+            raise ValueError("With `save_directory`, `output_type` must be 'codes': weights go to files instead.")
         size = self.vqvae.config.embedding_size
         asked = read_request(self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture)
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
@@ -151,6 +178,11 @@ class IGPGPipeline(WeightGenPipeline):
             of_classes = asked.class_embeds
             if of_classes is None:
                 of_classes = self.encoder.embed(asked.labels[i])[None]  # (1, C, E)
+            if target.get("num_classes") not in (None, of_classes.shape[1]):
+                raise ValueError(
+                    f"The network has {target['num_classes']} outputs, asked for are {of_classes.shape[1]} classes: "
+                    f"{asked.labels[i][:8]}."
+                )
             class_embeds.append(of_classes)
             alike[target["layout"], of_classes.shape[1]].append(i)  # are written together
         codes, weights = [None] * len(targets), [[] for _ in targets]
@@ -165,6 +197,11 @@ class IGPGPipeline(WeightGenPipeline):
                 codes[i] = part
                 if output_type == "weights":
                     weights[i] = self.decode_codes(part, layout, class_embeds[i])
+                elif save_directory is not None:
+                    for k, own in enumerate(part):
+                        several = len(targets) * num_samples > 1
+                        folder = Path(save_directory) / (f"{i * num_samples + k:04d}" if several else "")
+                        write_shards(self.stream_codes(own, layout, class_embeds[i]), folder, shard_size)
         self.maybe_free_model_hooks()
         longest = max(own.shape[1] for own in codes)
         output = WeightGenOutput(
@@ -177,8 +214,56 @@ class IGPGPipeline(WeightGenPipeline):
             latents=torch.cat([F.pad(own, (0, 0, 0, longest - own.shape[1]), value=PADDING) for own in codes]),
             generator_id=self.source,
             generator_revision=self.revision,
+            module=getattr(self, "_module", None),
         )
         return output if return_dict else output.to_tuple()
+
+    def with_architecture(self, architecture: TargetConfig | nn.Module, name: str = GIVEN) -> "IGPGPipeline":
+        """
+        This generator, with one architecture more, of which it has seen no network: tasks whose networks read the same kind of
+        inputs have it too.
+
+        Args:
+            architecture: A config, or any module. Of a module the parameters are written, and its buffers left; if its last two
+                parameters are weight and bias of a linear layer, that is the head, whose rows are classes.
+            name: By which `architecture` of a call asks for it.
+
+        Returns:
+            [`IGPGPipeline`], which shares all networks with this one.
+
+        Raises:
+            TypeError, ValueError: If it is none of these, or no task fits it.
+        """
+        target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
+        weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
+        target |= {"name": name, "layout": number}
+        targets, tasks = list(self.targets), []
+        for task in self.config.tasks:
+            own = target_numbers(task)
+            known = [targets[k]["config"] for k in own if targets[k]["kind"] == "network"]
+            if known and reads(list(known[0]["input_shape"])):
+                scales = {key: known[0][key] for key in ("image_mean", "image_std") if known[0].get(key)}
+                for k in own:  # with two of them, each needs a name
+                    targets[k] = {"name": "default", **targets[k]}
+                task = {**task, "targets": [*own, len(targets)]}
+                targets.append(target | ({"config": scales | target["config"]} if "config" in target else {}))
+            tasks.append(task)
+        if len(targets) == len(self.targets):
+            raise ValueError(
+                f"No task of this generator has networks that read what `architecture` does: {in_words(target)[:200]}."
+            )
+        wider = IGPGPipeline(
+            **self.components | {"weight_tokenizer": weight_tokenizer},
+            **{key: value for key, value in self.config.items() if key in KEPT},
+            target=self.config.target,
+            targets=targets,
+            tasks=tasks,
+        )
+        for own in ("_encoder", "_image_encoder", "_source", "_folder"):
+            if hasattr(self, own):
+                setattr(wider, own, getattr(self, own))
+        wider._module = architecture if target["kind"] == "module" else None
+        return wider
 
     @torch.no_grad()
     def rank(self, prompt: str | None = None, dataset: object | None = None) -> list[dict]:
@@ -228,7 +313,7 @@ class IGPGPipeline(WeightGenPipeline):
         )
         codes = codes.to(vqvae.device)
         tokens = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0)
-        counts = torch.full((count,), class_embeds.shape[1])
+        counts = torch.full((count,), self._class_tokens(layout, class_embeds))
         weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
         return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
 
@@ -262,7 +347,8 @@ class IGPGPipeline(WeightGenPipeline):
 
         head = self.weight_tokenizer.layouts[layout].head
         of_head = {}
-        for name, tensor in self.weight_tokenizer.decode_stream(windows(), layout, class_embeds.shape[1]):
+        classes = self._class_tokens(layout, class_embeds)
+        for name, tensor in self.weight_tokenizer.decode_stream(windows(), layout, classes):
             if name in head:
                 of_head[name] = tensor
             else:
@@ -271,11 +357,15 @@ class IGPGPipeline(WeightGenPipeline):
 
     def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """For class names `(n, C, E)` what tokens are, `(n, L, D)`, and the names of their classes `(n, L, E)`, zeros for body tokens."""
-        body, classes = self.weight_tokenizer.num_body_tokens(layout), class_embeds.shape[1]
+        body, classes = self.weight_tokenizer.num_body_tokens(layout), self._class_tokens(layout, class_embeds)
         described = self.weight_tokenizer.describe(layout, classes).to(self.vqvae.dtype)
         return described.expand(len(class_embeds), -1, -1), F.pad(
-            class_embeds.cpu().to(self.vqvae.dtype), (0, 0, body, 0)
+            class_embeds[:, :classes].cpu().to(self.vqvae.dtype), (0, 0, body, 0)
         )
+
+    def _class_tokens(self, layout: int, class_embeds: Tensor) -> int:
+        """A network whose head is too wide for class tokens has none."""
+        return class_embeds.shape[1] if self.weight_tokenizer.layouts[layout].head else 0
 
     def _conditions(self, asked: Request, i: int, target: dict) -> Tensor:
         """Of the i-th prompt: `(1, conditions, E)`, zeros for what is not told."""

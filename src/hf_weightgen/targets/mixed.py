@@ -7,11 +7,18 @@ is asked for by a prompt, by a dataset or by both, and then by any architecture 
 Notation: N samples, E size of an embedding.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..weights.layout import Layout
+from .architectures import TargetConfig, TargetModel
+
+
+SETTINGS = ("input_shape", "layers", "activation", "image_mean", "image_std")  # of a network as a target
 
 
 def target_numbers(task: Mapping) -> list[int]:
@@ -74,17 +81,29 @@ def with_architecture(embeds: Tensor, codes: Tensor | None) -> Tensor:
 
 
 def in_words(target: Mapping) -> str:
-    """A target as a text encoder reads it: its name, if it has one, and its parts."""
+    """A target as a text encoder reads it: its parts, and not the name, which a network that is new has not."""
     if target["kind"] == "adapter":
         lora = target["lora"]
         modules = ", ".join(sorted(lora["target_modules"]))
         return f"LoRA adapter of rank {lora['r']} on {modules} of {target['base_model'].split('/')[-1]}"
+    if target["kind"] == "module":
+        return f"network: {target['words']}"
     config = target["config"]
-    told = [f"{target['name']}:"] if "name" in target else []
-    told += [
-        f"network for inputs of {' x '.join(map(str, config['input_shape']))}, {config.get('activation', 'tanh')};"
-    ]
-    return " ".join([*told, ", ".join(_words(config["layers"]))]).rstrip("; ")
+    told = f"network for inputs of {' x '.join(map(str, config['input_shape']))}, {config.get('activation', 'tanh')}; "
+    return (told + ", ".join(_words(config["layers"]))).rstrip("; ")
+
+
+def module_in_words(module: nn.Module) -> str:
+    """The layers of any network as [`in_words`] tells those of ours, in the order in which they are registered."""
+    words = []
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            words.append(f"convolution {part.out_channels} of {' x '.join(map(str, part.kernel_size))}")
+        elif isinstance(part, nn.Linear):
+            words.append(f"linear {part.out_features}")
+        elif isinstance(part, nn.MaxPool2d):
+            words.append("max pool")
+    return ", ".join(words[:-1])  # what comes last is the head, which its tokens tell
 
 
 def _words(layers: Sequence[Mapping]) -> list[str]:
@@ -100,3 +119,56 @@ def _words(layers: Sequence[Mapping]) -> list[str]:
             case "residual":
                 words.append(f"residual block {layer['channels']}")
     return words
+
+
+def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Callable[[list[int]], bool]]:
+    """
+    An architecture that a caller brings.
+
+    Args:
+        architecture: A config or a module, see [`IGPGPipeline.with_architecture`].
+        token_size: Scalars of a token: rows of a head that fit are class tokens, others are tensors like all.
+
+    Returns:
+        What it is as a target; its layout; and whether it reads inputs of a shape.
+
+    Raises:
+        TypeError, ValueError: If it is neither.
+    """
+    if isinstance(architecture, TargetModel):
+        architecture = architecture.config
+    module = architecture
+    if isinstance(architecture, TargetConfig):
+        with torch.device("meta"):
+            module = TargetModel(architecture)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`architecture` must be a name, a config or a module, got {type(architecture).__name__}.")
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    if len(parameters) < 2 or any(
+        p.dim() > 4 or not p.is_floating_point() or not p.numel() for p in parameters.values()
+    ):
+        raise ValueError(
+            "`architecture` must be a module with parameters of floats, none of them empty, of at most 4 axes."
+        )
+    *_, (weight_name, weight), (bias_name, bias) = parameters.items()
+    is_head, head = weight.dim() == 2 and bias.shape == weight.shape[:1], ()
+    if is_head and weight.shape[1] < token_size:
+        head = weight_name, bias_name
+    target = {"num_classes": len(bias)} if is_head else {}
+    if module is architecture:
+        target |= {"kind": "module", "words": module_in_words(module)}
+        first = next((p for p in parameters.values() if p.dim() > 1), bias[None])
+
+        def reads(shape: list[int]) -> bool:
+            return (shape[0] if len(shape) == 3 and first.dim() == 4 else math.prod(shape)) == first.shape[1]
+    else:
+        told = {key: getattr(architecture, key) for key in SETTINGS}
+        target |= {"kind": "network", "config": {key: value for key, value in told.items() if value is not None}}
+        if head:  # of a config the number of classes is open
+            del target["num_classes"]
+
+        def reads(shape: list[int]) -> bool:
+            own = list(architecture.input_shape)
+            return len(own) == len(shape) and own[0] == shape[0]
+
+    return target, Layout.of(parameters, head), reads

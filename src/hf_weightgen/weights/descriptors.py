@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cutting import Cutting, Piece
+from .layout import TensorSpec
 
 
 SIZE = 64  # D
@@ -44,14 +45,18 @@ def describe(cutting: Cutting, num_classes: int) -> Tensor:
     return described
 
 
-def _kind(piece: Piece) -> Tensor:
-    name, rank = piece.spec.name, len(piece.spec.shape)
+def kind_of(spec: TensorSpec) -> str:
+    """Which of [`KINDS`] a tensor is, by its name and shape."""
+    name, rank = spec.name, len(spec.shape)
     if ".lora_A." in name or ".lora_B." in name:
-        kind = "lora_A" if ".lora_A." in name else "lora_B"
-    elif rank == 1:
-        kind = "bias" if name.endswith("bias") else "vector"
-    else:
-        kind = {2: "weight of a linear layer", 4: "weight of a convolution"}.get(rank, "other")
+        return "lora_A" if ".lora_A." in name else "lora_B"
+    if rank == 1:
+        return "bias" if name.endswith("bias") else "vector"
+    return {2: "weight of a linear layer", 4: "weight of a convolution"}.get(rank, "other")
+
+
+def _kind(piece: Piece) -> Tensor:
+    kind = kind_of(piece.spec)
     return torch.tensor([float(kind == known) for known in KINDS])
 
 

@@ -1,0 +1,61 @@
+"""Weights written to files as they come, tensor by tensor: what is in memory is one shard, however large the network is."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
+NAME = "model"
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size: int = SHARD_SIZE) -> list[Path]:
+    """
+    Args:
+        tensors: Names and tensors.
+        folder: Gets `model.safetensors`, or `model-00001-of-00003.safetensors`, ... with their index, as transformers names and reads
+            them, once all tensors have been written.
+        shard_size: Bytes of a shard, which a single tensor may exceed.
+
+    Returns:
+        `list[Path]`: The files with weights.
+    """
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+        raise ValueError(f"`shard_size` must be a whole number of bytes, at least 1, got {shard_size!r}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".weightgen-") as temporary:
+        written: list[list[str]] = []  # names of each shard
+        shard: dict[str, Tensor] = {}
+        total = size = 0
+
+        def close() -> None:
+            save_file(shard, Path(temporary) / f"{len(written)}", metadata={"format": "pt"})
+            written.append(list(shard))
+            shard.clear()
+
+        for name, tensor in tensors:
+            bytes_ = tensor.numel() * tensor.element_size()
+            if shard and size + bytes_ > shard_size:
+                close()
+                size = 0
+            shard[name] = tensor.contiguous()
+            size, total = size + bytes_, total + bytes_
+        if shard or not written:
+            close()
+        count = len(written)
+        names = [f"{NAME}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = names if count > 1 else [f"{NAME}.safetensors"]
+        for old in folder.glob(f"{NAME}*.safetensors*"):
+            old.unlink()
+        for i, name in enumerate(names):
+            os.replace(Path(temporary) / str(i), folder / name)
+    if count > 1:
+        places = {tensor: name for own, name in zip(written, names, strict=True) for tensor in own}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return [folder / name for name in names]
