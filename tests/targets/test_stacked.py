@@ -17,6 +17,8 @@ CONFIGS = {
     "cnn3": architecture("cnn3"),
     "lenet": architecture("lenet", channels=1, num_classes=4),
     "resnet8": architecture("resnet8"),
+    "small-lenet": architecture("small-lenet"),
+    "mlp of pooled pixels": architecture("mlp", channels=1),
     "linear": TargetConfig(input_shape=[7], layers=mlp()),
     "mlp": TargetConfig(input_shape=[7], layers=mlp(5, 6), activation="silu"),
     "strided": TargetConfig(

@@ -320,12 +320,15 @@ NAMED = {
         32,
     ),  # Tiny Model Zoo's large one: 10,853
     "lenet": (cnn((6, 16), (5, 5), (True, True), (120, 84)), "relu", 32),
+    "small-lenet": (cnn((4, 8), (5, 5), (True, True), (16,)), "relu", 28),
+    "mlp": ([{"kind": "max_pool"}, *mlp(16)], "relu", 28),
 }
 
 
 def architecture(name: str, num_classes: int = 10, channels: int = 3, **settings) -> TargetConfig:
     """
-    The configuration of a network by its name: `tiny-cnn`, `cnn2`, `cnn3`, `lenet`, or `resnetN` with N = 20, 32, 44, 56, ...
+    The configuration of a network by its name: `tiny-cnn`, `cnn2`, `cnn3`, `lenet`, `small-lenet`, `mlp`, or `resnetN` with N = 20,
+    32, 44, 56, ...
 
     Args:
         channels: Of the images.

@@ -62,7 +62,7 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
     if x.dim() > 3 and x.shape[1] < K:
         if [layer["kind"] for layer in layers[:2]] == ["conv", "max_pool"]:
             x, layers = _conv_and_pool(x, layers[0], params), layers[2:]
-        elif layers[0]["kind"] not in ("conv", "linear"):
+        elif layers[0]["kind"] in ("norm", "residual"):
             x = x.expand(-1, K, -1, -1, -1)
     for layer in layers:
         match layer["kind"]:
@@ -78,7 +78,7 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
             case "activation":
                 x = act(x)
             case "max_pool":
-                x = F.max_pool2d(x.flatten(1, 2), 2).unflatten(1, (K, -1))
+                x = F.max_pool2d(x.flatten(1, 2), 2).unflatten(1, (x.shape[1], -1))
             case "mean_pool":
                 x = x.mean((3, 4)).movedim(0, -1)
             case "residual":
