@@ -1,4 +1,4 @@
-"""Networks of several architectures from one generator (D2NWG, appendix C.1, Table 9).
+"""Networks of several architectures from one generator (D2NWG, appendix C.1, Table 9; IGPG, with `train_igpg.py`).
 
     python examples/build_network_zoo.py runs/lenet --architecture lenet
     accelerate launch examples/train_d2nwg.py --zoo runs/images runs/lenet --output_dir runs/mixed
@@ -7,11 +7,13 @@
 The paper mixes a ResNet-44 for CIFAR-10, one for CIFAR-100 and a MobileNetV2 for CIFAR-10, each pair with an index of its own and
 all padded to 700,490 weights. Here: small networks, any number of tasks and architectures, of which every pair has independently
 trained networks; layouts of different sizes without padding; the architecture is told beside a prompt or a dataset. Networks of
-the row `wrong_architecture` are asked for with another architecture of their task, by prompts, and decoded as these.
+the row `wrong_architecture` are asked for with another architecture of their task, by prompts, and decoded as these. Codes of another
+architecture cannot be decoded as these: of IGPG's generators the row is `generated_mismatched`, images of another task.
 """
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,11 +25,15 @@ from hf_weightgen.targets.mixed import target_number, target_numbers
 
 
 METHODS = (
-    "random_init", "zoo", "zoo_held_out", "zoo_average", "reconstruction", "generated", "generated_from_prompts",
-    "generated_mismatched",
+    "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "noise_at_distance", "reconstruction",
+    "generated", "generated_from_prompts", "generated_mismatched",
 )  # fmt: skip
-CONTROL = "wrong_architecture"
-RENAMED = {"generated_mismatched": CONTROL}
+MISMATCHED, CONTROL = "generated_mismatched", "wrong_architecture"
+COLUMNS = {
+    "zoo": "zoo", "zoo_held_out": "held out", "generated": "generated", "generated_from_prompts": "from prompts",
+    "zoo_average": "plain average", "gaussian": "Gaussian", "kde": "KDE", "noise_at_distance": "noise, as far", "random_init": "random",
+    "reconstruction": "reconstruction", CONTROL: "wrong architecture", MISMATCHED: "other task",
+}  # fmt: skip
 PAPER = {"ResNet-44, CIFAR-10": (94.01, 94.10), "ResNet-44, CIFAR-100": (71.63, 71.64), "MobileNetV2, CIFAR-10": (92.88, 93.11)}  # fmt: skip
 
 
@@ -43,17 +49,30 @@ def main():
 def tables(args, zoo: str) -> Iterator[list[dict]]:
     """The rows of each task of a zoo that the generator knows."""
     pipe, specs, configs, data, members, architecture = load(argparse.Namespace(**vars(args) | {"zoo": zoo}))
+    writes_codes = hasattr(pipe, "encode_weights")
     for spec in specs:
 
         def generate(method: str, count: int, seed: int, spec=spec) -> list[dict]:
-            if method == "generated_mismatched":
+            if method == MISMATCHED and not writes_codes:
                 return of_other_architectures(pipe, spec, architecture, count, seed)
-            return samples(pipe, data, spec, [], method, count, seed, architecture)
+            others = [other for other in specs if other is not spec and len(other.labels) == len(spec.labels)]
+            return samples(pipe, data, spec, others, method, count, seed, architecture)
 
         rows = table_of(args, pipe, configs[spec.name], data[spec.name], members, generate, METHODS)
-        yield [
-            row | {"architecture": architecture, "method": RENAMED.get(row["method"], row["method"])} for row in rows
-        ]
+        for row in rows:
+            row["architecture"] = architecture
+            if row["method"] == MISMATCHED and not writes_codes:
+                row["method"] = CONTROL
+            if row["method"] == "reconstruction" and writes_codes:
+                row |= of_codes(pipe, spec, architecture)
+        yield rows
+
+
+def of_codes(pipe, spec, architecture: str | None) -> dict:
+    """How many codes a network has, and what they cost for each of its weights."""
+    made = pipe(spec.prompts[0], labels=list(spec.labels), architecture=architecture)
+    count, weights = made.latents.numel(), sum(tensor.numel() for tensor in made.weights[0].values())
+    return {"codes": count, "bits_per_weight": count * math.log2(pipe.vqvae.config.num_codes) / weights}
 
 
 def of_other_architectures(pipe, spec, architecture: str | None, count: int, seed: int) -> list[dict]:
@@ -74,17 +93,20 @@ def of_other_architectures(pipe, spec, architecture: str | None, count: int, see
 
 def summary(rows: Sequence[Mapping]) -> str:
     """One line for each pair."""
-    lines = [
-        "| task | architecture | zoo | held out | generated | difference, 95 % | plain average | random | reconstruction | wrong architecture |",
-        "|---" * 10 + "|",
-    ]
+    columns = [name for name in COLUMNS if any(row["method"] == name for row in rows)]
+    head = ["task", "architecture", *(COLUMNS[name] for name in columns), "difference, 95 %", "best / zoo", "L2 / zoo"]
+    head += ["spread / zoo", "codes", "bits per weight"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task, architecture in dict.fromkeys((row["task"], row["architecture"]) for row in rows):
         of = {row["method"]: row for row in rows if (row["task"], row["architecture"]) == (task, architecture)}
-        difference = of["generated"]["difference"]
-        cells = [told(of[name]) for name in ("zoo", "zoo_held_out", "generated")]
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(difference["mean"], *difference["ci95"]))
-        cells += [told(of[name]) for name in ("zoo_average", "random_init", "reconstruction", CONTROL)]
-        lines.append(f"| {task} | {architecture} | {' | '.join(cells)} |")
+        made, zoo, codes = of["generated"], of["zoo"], of["reconstruction"]
+        cells = [task, architecture, *(told(of[name]) if name in of else "-" for name in columns)]
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(made["difference"]["mean"], *made["difference"]["ci95"]))
+        cells.append(f"{made['best']:.1f} / {zoo['best']:.1f}")
+        cells.append(f"{made['novelty_l2']:.1f} / {zoo['novelty_l2_other_runs']:.1f}")
+        cells.append(f"{made['spread_l2']:.1f} / {zoo['spread_l2']:.1f}")
+        cells += [f"{codes['codes']}", f"{codes['bits_per_weight']:.2f}"] if "codes" in codes else ["-", "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     paper = "; ".join(f"{pair}: {zoo:.2f} -> {generated:.2f}" for pair, (zoo, generated) in PAPER.items())
     return "\n".join([*lines, "", f"paper, Table 9, pretrained -> generated: {paper}"])
 

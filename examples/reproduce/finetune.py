@@ -57,7 +57,7 @@ def starting_points(made, members, config, task: str) -> dict[str, list[dict]]:
     }
 
 
-def finetune(config, starts, data, args) -> dict[str, dict[int, torch.Tensor]]:
+def finetune(config, starts, data, args, told=EPOCHS) -> dict[str, dict[int, torch.Tensor]]:
     """Per row and epoch the test accuracies of its networks, in points."""
     protocol = PROTOCOLS["short"][data.spec.name]
     sizes = [len(networks) for networks in starts.values()]
@@ -69,14 +69,14 @@ def finetune(config, starts, data, args) -> dict[str, dict[int, torch.Tensor]]:
         data.inputs(images),
         images.labels,
         lambda tensors: torch.optim.Adam(tensors, lr=protocol.lr, weight_decay=protocol.weight_decay, fused=True),
-        epochs=EPOCHS[-1],
+        epochs=told[-1],
         batch_size=protocol.batch_size,
         generator=torch.Generator().manual_seed(args.seed),
     )
     test, scores = data.inputs(data.test), {}
     scores[0] = accuracy(config, params, test, data.test.labels)
     for epoch, trained in enumerate(training, start=1):
-        if epoch in EPOCHS:
+        if epoch in told:
             scores[epoch] = accuracy(config, trained, test, data.test.labels)
     parts = {epoch: values.split(sizes) for epoch, values in scores.items()}
     return {name: {epoch: values[k] for epoch, values in parts.items()} for k, name in enumerate(starts)}

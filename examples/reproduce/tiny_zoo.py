@@ -115,7 +115,7 @@ def table_of(args, pipe, config, data, zoo, generate, methods: Sequence[str] = M
         return [i for i in picked if not latest or where["checkpoint"][i] == last]
 
     members, predict_accuracies = of("train"), None
-    if pipe.accuracy_predictor is not None:
+    if getattr(pipe, "accuracy_predictor", None) is not None:
         predict_accuracies = functools.partial(
             pipe.predict_accuracies, prompt=spec.prompts[0], labels=list(spec.labels)
         )

@@ -61,6 +61,20 @@ def test_codes_decode_to_the_weights(pipe):
     assert weights_are_equal(pipe.decode_codes(codes.latents, 1, class_embeds)[0], output.weights[0])
 
 
+def test_weights_become_the_codes_that_training_sees(pipe):
+    made = pipe("which digit is it", num_samples=2, generator=random(0))
+    codes, layout, class_embeds = pipe.encode_weights(made.weights, made.labels[0])
+    assert layout == 1 and codes.shape == made.latents.shape and codes.min() >= 0
+    data = pipe.weight_tokenizer(made.weights)
+    described = pipe.weight_tokenizer.describe(1, 3).expand(2, -1, -1)
+    names = F.pad(class_embeds, (0, 0, pipe.weight_tokenizer.num_body_tokens(1), 0)).expand(2, -1, -1)
+    own = {key: data[key] for key in ("weight_tokens", "padding_mask", "is_class")}
+    assert torch.equal(codes, pipe.vqvae(**own, descriptors=described, name_embeds=names).codes)
+    large = pipe("which digit is it", architecture="large").weights
+    with pytest.raises(LayoutMismatchError, match="one layout are encoded together"):
+        pipe.encode_weights([*made.weights, *large], made.labels[0])
+
+
 @pytest.mark.parametrize("window", [2, 5, 512])
 def test_a_stream_of_tensors_is_the_network(pipe, window):
     pipe.vqvae.config.window = window

@@ -300,6 +300,7 @@ def test_it_is_trained_and_measured_from_the_command_line(zoos, tmp_path, monkey
     assert list(json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]) == ["grey (small)", "grey (wide)"]
     assert "architectures: small, wide" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
 
+    monkeypatch.syspath_prepend(examples)
     monkeypatch.syspath_prepend(examples / "reproduce")
     out, generator = tmp_path / "architectures.json", ("--generator", tmp_path / "run" / "pipeline")
     run("reproduce/architectures.py", *generator, "--n", 2, "--out", out)
@@ -308,3 +309,23 @@ def test_it_is_trained_and_measured_from_the_command_line(zoos, tmp_path, monkey
     of_small = {row["method"]: row for row in rows if row["architecture"] == "small"}
     assert {"random_init", "zoo_held_out", "zoo_average", "reconstruction", "generated"} <= of_small.keys()
     assert of_small["generated"]["difference"]["ci95"] and of_small["wrong_architecture"]["n"] == 20
+
+    steps = [part for name in ("vqvae", "task", "dataset", "max_train") for part in (f"--{name}_steps", 2)]
+    run("train_igpg.py", *steps, "--skip_gate", "--output_dir", tmp_path / "codes")
+    assert list(json.loads((tmp_path / "codes" / "report.json").read_text())["tasks"]) == [
+        "grey (small)",
+        "grey (wide)",
+    ]
+    generator = "--generator", tmp_path / "codes" / "pipeline"
+    run("reproduce/architectures.py", *generator, "--n", 2, "--out", out)
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["architecture"] == "wide"]
+    of_wide = {row["method"]: row for row in rows}
+    assert of_wide["reconstruction"]["codes"] > 20 and 0 < of_wide["reconstruction"]["bits_per_weight"] < 10
+
+    beside = "--beside", tmp_path / "run" / "pipeline"
+    given = ["--zoo", tmp_path / "small", *given[-2:]]
+    run("reproduce/codes.py", *generator, *beside, "--n", 2, "--codes", 40, "--out", out)
+    told = json.loads(out.read_text())
+    assert told["cache"]["codes"] == 40 and told["cache"]["same"] > 0.9
+    assert [one["generator"] for one in told["seconds"]] == ["IGPGPipeline", "D2NWGPipeline"]
+    assert [row["context"] for row in told["windows"]] == [1.0, 0.5, 0.25, 0.125]

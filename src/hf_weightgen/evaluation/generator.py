@@ -135,10 +135,10 @@ def reconstruct_members(
     pipe, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str]
 ) -> list[dict[str, Tensor]]:
     """
-    State dicts through the tokenizer, the autoencoder (its posterior mean) and back.
+    State dicts through the tokenizer, the autoencoder (its posterior mean, or its codes) and back.
 
     Args:
-        pipe ([`D2NWGPipeline`]): Of adapters or of networks.
+        pipe ([`WeightGenPipeline`]): Of adapters or of networks.
         state_dicts (sequence of state dicts): Members of one task as training saw them: adapters in their canonical gauge with a
             centred head, networks with their hidden units matched to the first training member of the task.
         labels (`Sequence[str]`): The class names, one per head row.
@@ -146,6 +146,8 @@ def reconstruct_members(
     Raises:
         LayoutMismatchError: If a member has none of the layouts that the generator knows.
     """
+    if hasattr(pipe, "encode_weights"):
+        return pipe.decode_codes(*pipe.encode_weights(state_dicts, labels))
     tokenizer, vae = pipe.weight_tokenizer, pipe.vae
     encoded = tokenizer(state_dicts)
     layouts, counts = encoded["layout_ids"], encoded["num_classes"]

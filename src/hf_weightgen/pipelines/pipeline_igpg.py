@@ -7,7 +7,7 @@ Notation: N samples, L tokens of a network, R codes per token, C classes, S scal
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -295,6 +295,36 @@ class IGPGPipeline(WeightGenPipeline):
                 score = (losses[1] - losses[0]).item()
                 known.append({"task": task["name"], "architecture": target.get("name"), "score": score})
         return sorted(known, key=lambda pair: -pair["score"])
+
+    @torch.no_grad()
+    def encode_weights(
+        self, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str]
+    ) -> tuple[Tensor, int, Tensor]:
+        """
+        Args:
+            state_dicts: Networks of one layout that the generator knows, as it was trained on them.
+            labels: Class names.
+
+        Returns:
+            What [`~IGPGPipeline.decode_codes`] needs: their codes `(N, L, R)`, the layout, and the embeddings of class names.
+
+        Raises:
+            LayoutMismatchError: If a network has no known layout, or they have several.
+        """
+        vqvae, tokenizer = self.vqvae, self.weight_tokenizer
+        encoded = tokenizer(state_dicts)
+        layouts = encoded["layout_ids"].unique().tolist()
+        if len(layouts) > 1:
+            raise LayoutMismatchError(f"Networks of one layout are encoded together, got those of {layouts}.")
+        class_embeds = self.encoder.embed(list(labels))[None]
+        described = (
+            part.expand(len(state_dicts), -1, -1).to(vqvae.device)
+            for part in self._described(layouts[0], class_embeds)
+        )
+        tokens = encoded["weight_tokens"].to(vqvae.device, vqvae.dtype)
+        values = vqvae.encode(tokens, *described, encoded["padding_mask"].any(-1).to(vqvae.device))
+        codes, *_ = vqvae.quantise(values.flatten(0, 1))
+        return codes.unflatten(0, values.shape[:2]).cpu(), layouts[0], class_embeds
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> list[dict[str, Tensor]]:
