@@ -72,6 +72,7 @@ def main():
     # Stage 1: codes, and whether the networks that they stand for still work
     codes = {"num_codes": args.num_codes, "codes_per_token": args.codes_per_token}
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size, **codes))
+    source.initialise_names(vqvae)
 
     def fit_codes(steps: int, name: str, function_loss, weight: float, **settings) -> list[float]:
         loss = VQVAELoss(vqvae, source.train, tokenizer, steps, function_loss, weight, accelerator.gather)

@@ -104,6 +104,7 @@ class WeightVQVAE(PreTrainedModel):
         self.name_in = nn.ModuleList(nn.Linear(config.embedding_size, H, bias=False) for _ in range(2))
         self.to_code, self.from_code = nn.Linear(H, config.code_size), nn.Linear(config.code_size, H)
         self.token_out = nn.Linear(H, config.token_size)
+        self.name_projection = nn.Linear(config.embedding_size, config.token_size, bias=False)
         self.codebook = nn.Parameter(torch.empty(config.codes_per_token, config.num_codes, config.code_size))
         self.post_init()
 
@@ -124,6 +125,7 @@ class WeightVQVAE(PreTrainedModel):
             init.zeros_(module.in_proj_bias)
         if module is self:
             init.normal_(self.codebook, std=self.config.code_size**-0.5)
+            init.zeros_(self.name_projection.weight)
 
     def encode(self, weight_tokens: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
         """
@@ -185,7 +187,8 @@ class WeightVQVAE(PreTrainedModel):
             `torch.FloatTensor` of shape `(B, L, S)`: weight tokens.
         """
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
-        return self.token_out(self._in_windows(self.decoder, hidden, mask))
+        # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
+        return self.token_out(self._in_windows(self.decoder, hidden, mask)) + self.name_projection(name_embeds)
 
     def _in_windows(self, transformer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
         """`(B, L, H)`, each window by itself; zeros where a window has no token."""

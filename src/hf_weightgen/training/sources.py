@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.modeling_dataset_encoder import DatasetEncoder
 from ..models.modeling_weight_vae import WeightVAE
+from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
@@ -89,13 +90,19 @@ class Source:
         with torch.no_grad():
             real = self.train.padding_mask[:, :T].sum(0).clamp(min=1)
             vae.token_bias.copy_(self.train.weight_tokens[:, :T].sum(0) / real)
-            if self.name_projection is not None:
-                weight, bias = self.name_projection  # (E, D), (E,): row_c = e_c W, bias_c = e_c b
-                size = weight.shape[1]
-                stats = [self._scale(name) for name in (WEIGHT, BIAS)]
-                vae.name_projection.weight.zero_()
-                vae.name_projection.weight[:size] = weight.mT / stats[0][1]
-                vae.name_projection.weight[size] = bias / stats[1][1]
+        self.initialise_names(vae)
+
+    def initialise_names(self, autoencoder: WeightVAE | WeightVQVAE) -> None:
+        """The base adapter's head as a function of class names, if there is one."""
+        if self.name_projection is None:
+            return
+        weight, bias = self.name_projection  # (E, D), (E,): row_c = e_c W, bias_c = e_c b
+        size = weight.shape[1]
+        stats = [self._scale(name) for name in (WEIGHT, BIAS)]
+        with torch.no_grad():
+            projection = autoencoder.name_projection.weight.zero_()
+            projection[:size] = weight.mT / stats[0][1]
+            projection[size] = bias / stats[1][1]
 
     def add_datasets(self, encoder: DatasetEncoder, seed: int) -> None:
         """From now on a task is asked for by its dataset too, see [`with_datasets`]."""

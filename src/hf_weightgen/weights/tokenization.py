@@ -56,6 +56,7 @@ class WeightTokenizer(FeatureExtractionMixin):
         super().__init__(**kwargs)
         self.token_size = token_size
         self._plans: list[Cutting] = []
+        self._described: dict[tuple[int, int], Tensor] = {}
         first_id = 0
         for entries in layouts:
             plan = Cutting.of(entries.to_list() if isinstance(entries, Layout) else entries, token_size, first_id)
@@ -175,7 +176,10 @@ class WeightTokenizer(FeatureExtractionMixin):
 
     def describe(self, layout_id: int, num_classes: int) -> Tensor:
         """What each token of a checkpoint is, `(N_k + C, D)`, see [`~weights.descriptors.describe`]."""
-        return describe(self._plan(layout_id), num_classes)
+        key = layout_id, num_classes
+        if key not in self._described:
+            self._described[key] = describe(self._plan(layout_id), num_classes)
+        return self._described[key]
 
     def template(self, layout_ids: Sequence[int] | Tensor, num_classes: Sequence[int] | Tensor) -> BatchFeature:
         """
