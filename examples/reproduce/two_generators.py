@@ -1,0 +1,71 @@
+"""LoRA adapters of two generators on the same test rows, beside the zoo that both learned from: codes (IGPG) against diffusion (D2NWG).
+
+    accelerate launch examples/train_igpg.py --zoo model_cards/text-zoo --output_dir runs/igpg-text
+    python examples/reproduce/two_generators.py --generator runs/igpg-text/pipeline --beside bundled --zoo model_cards/text-zoo --out two.json
+
+Both are asked by the same prompts, in turn, and their adapters see the same sentences. Seconds are those of generating alone.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hf_weightgen import WeightGenPipeline
+from hf_weightgen.evaluation.generator import Predictor, zoo_members
+from hf_weightgen.evaluation.table import write_results
+from hf_weightgen.targets.tasks import get_task
+from hf_weightgen.zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", required=True, help="Folder or Hub id.")
+    parser.add_argument("--beside", default="bundled", help="Folder or Hub id of the other one.")
+    parser.add_argument("--zoo", required=True, help="Folder or Hub id of the zoo.")
+    parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
+    parser.add_argument("--tasks", nargs="*", help="Default: all that both generators know.")
+    parser.add_argument("--n", type=int, default=5, help="Adapters of each generator for each task.")
+    parser.add_argument("--test_rows", type=int, default=TEST_LIMIT, help="At most, of each task.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    pipes = [WeightGenPipeline.from_pretrained(name) for name in (args.generator, args.beside)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    known = [[task["name"] for task in pipe.config.tasks] for pipe in pipes]
+    names = args.tasks or [name for name in known[0] if name in known[1]]
+    specs = [get_task(name) for name in names]
+    data, members = load_tasks(specs, args.data_root), zoo_members(args.zoo)[0]
+    predict, rows = Predictor(pipes[0].config.target), []
+    for spec in specs:
+        test = evaluation_subset(data[spec.name].test, args.test_rows)
+        labels = torch.tensor(list(test["label"]))
+        for pipe in pipes:
+            generator, start = torch.Generator().manual_seed(args.seed), time.perf_counter()
+            prompts = [spec.prompts[i % len(spec.prompts)] for i in range(args.n)]
+            made = pipe(prompts, labels=list(spec.labels), generator=generator).weights
+            seconds = (time.perf_counter() - start) / args.n
+            rows.append(row(spec.name, type(pipe).__name__, made, predict(made, test), labels) | {"seconds": seconds})
+        own = members[spec.name][-args.n :]
+        rows.append(row(spec.name, "zoo", own, predict(own, test), labels))
+        print("  ".join(f"{one['method']} {one['mean']:.1f}" for one in rows[-3:]), spec.name, flush=True)
+        write_results(
+            args.out, "LoRA adapters by codes and by diffusion", f"python {' '.join(sys.argv)}", args.seed, rows
+        )
+    for method in dict.fromkeys(one["method"] for one in rows):
+        means = [one["mean"] for one in rows if one["method"] == method]
+        print(f"{method}: {sum(means) / len(means):.2f} on average of {len(means)} tasks")
+
+
+def row(task: str, method: str, made: list, predictions: torch.Tensor, labels: torch.Tensor) -> dict:
+    scores = 100 * (predictions == labels).double().mean(1)
+    told = {"task": task, "method": method, "metric": "accuracy", "n": len(made), "rows": len(labels)}
+    return told | {"mean": scores.mean().item(), "std": scores.std(correction=min(1, len(made) - 1)).item()}
+
+
+if __name__ == "__main__":
+    main()
