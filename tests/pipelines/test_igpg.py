@@ -1,5 +1,7 @@
 """IGPG's pipeline: adapters and networks of several architectures from one generator, the same from disk, faults by name."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,8 @@ def test_weights_become_the_codes_that_training_sees(pipe):
     own = {key: data[key] for key in ("weight_tokens", "padding_mask", "is_class")}
     assert torch.equal(codes, pipe.vqvae(**own, descriptors=described, name_embeds=names).codes)
     large = pipe("which digit is it", architecture="large").weights
+    with pytest.raises(LayoutMismatchError, match="names 2 classes, the networks have .3."):
+        pipe.encode_weights(made.weights, ["a", "b"])
     with pytest.raises(LayoutMismatchError, match="one layout are encoded together"):
         pipe.encode_weights([*made.weights, *large], made.labels[0])
 
@@ -87,6 +91,21 @@ def test_a_stream_of_tensors_is_the_network(pipe, window):
         torch.testing.assert_close(streamed[name], tensor)
     with pytest.raises(LayoutMismatchError, match="with these classes has .* tokens, got codes of"):
         dict(pipe.stream_codes(codes[:-1], 2, class_embeds))
+
+
+def test_what_is_in_the_folder_of_shards_stays_but_for_earlier_shards(pipe, tmp_path):
+    asked = {"prompt": "which digit is it", "architecture": "large", "output_type": "codes"}
+    pipe(**asked, save_directory=tmp_path, shard_size=100)
+    (tmp_path / "model_best.safetensors").write_text("mine")
+    (tmp_path / "model.safetensors.d").mkdir()
+    pipe(**asked, save_directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.safetensors", "model.safetensors.d", "model_best.safetensors",
+    ]  # fmt: skip
+    (tmp_path / "0003").mkdir()
+    for place, message in ((tmp_path, "holds the sample '0003'"), (tmp_path / "model_best.safetensors", "is a file")):
+        with pytest.raises(ValueError, match=message):
+            pipe(**asked, save_directory=place)
 
 
 @pytest.mark.parametrize("shard_size, files", [(10**6, 1), (100, 4)])
@@ -139,9 +158,11 @@ def test_known_pairs_are_ranked_by_what_the_generator_would_write(pipe):
         ("sst2", None), ("digits", "small"), ("digits", "large"),
     }  # fmt: skip
     assert [pair["score"] for pair in ranked] == sorted((pair["score"] for pair in ranked), reverse=True)
-    own = {pair["task"]: pair["score"] for pair in ranked if pair["task"] == "digits"}
-    assert abs(own["digits"]) < 1e-4  # the request is the task's own prompt
-    assert abs(next(pair["score"] for pair in ranked if pair["task"] == "sst2")) > 1e-3
+    assert ranked[0]["task"] == ranked[1]["task"] == "digits" and ranked[1]["score"] > 0 > ranked[2]["score"]
+    assert ranked[0]["score"] <= math.log(2) + 1e-6  # of two tasks
+    assert pipe.rank("sentiment on SST-2")[0]["task"] == "sst2"
+    with pytest.raises(TypeError, match="`prompt` must be one text, got list"):
+        pipe.rank(["which digit is it", "sentiment on SST-2"])
 
 
 def test_saved_and_loaded_it_makes_the_same_weights(pipe, encoder, tmp_path):
@@ -215,6 +236,40 @@ def test_any_module_gets_weights(pipe, hidden):
         output.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="has 3 outputs, asked for are 2 classes"):
         pipe("which digit is it", labels=["a", "b"], architecture=module)
+
+
+def test_modules_are_told_apart(pipe):
+    named = pipe.with_architecture(Own(9), "nine").with_architecture(Own(8), "eight")
+    for name, hidden in (("nine", 9), ("eight", 8)):
+        output = named("which digit is it", architecture=name)
+        assert output.to_model(0).first.weight.shape == (hidden, 7)
+        assert weights_are_equal(dict(output.to_model(0).named_parameters()), output.weights[0])
+    given = pipe.with_architecture(Own(9))("which digit is it", architecture=Own(4))
+    assert given.to_model(0).first.weight.shape == (4, 7)
+    assert weights_are_equal(dict(given.to_model(0).named_parameters()), given.weights[0])
+    for taken in ("small", "nine"):
+        with pytest.raises(ValueError, match=f"has an architecture '{taken}' already"):
+            named.with_architecture(Own(3), taken)
+
+
+def test_modules_are_not_saved(pipe, tmp_path):
+    with pytest.raises(ValueError, match="'given' is a module of yours"):
+        pipe.with_architecture(Own(9)).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_normalisation_of_a_module_starts_about_as_torch_has_it(pipe):
+    module = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    made = pipe("which digit is it", architecture=module, generator=random(0)).to_model(0)
+    assert (made[1].weight - 1).abs().max() < 0.1 and made[1].bias.abs().max() < 1
+    assert torch.equal(made[1].running_var, torch.ones(5)) and made(torch.randn(4, 7)).shape == (4, 3)
+
+
+def test_in_half_precision_it_writes_and_ranks(pipe):
+    pipe.to(torch.bfloat16)
+    output = pipe("which digit is it", architecture="large", generator=random(0))
+    assert output.to_model(0)(torch.randn(2, 7)).logits.isfinite().all()
+    assert len(pipe.rank("which digit is it")) == 3
 
 
 def test_unseen_architectures_by_their_config(pipe, tmp_path):

@@ -49,7 +49,7 @@ class WeightGenOutput(BaseOutput):
         seeds (`list[int]`): Per sample the seed of its noise.
         targets (`list[dict]`): Per sample what receives the weights: `{"kind": "adapter", "base_model": id, "lora": {...}}` or
             `{"kind": "network", "config": {...}}`, with the `name` of its architecture where the generator knows it.
-        latents (`torch.FloatTensor` of shape `(N, channels, height, width)`): What the weights were decoded from.
+        latents: What the weights were decoded from: latents `(N, channels, height, width)`, or codes, see [`IGPGPipeline`].
         generator_id (`str`): Where the generator was loaded from.
         generator_revision (`str`, *optional*): Its commit on the Hub.
         command (`str`, *optional*): What makes all of these samples again, for the card.
@@ -89,7 +89,7 @@ class WeightGenOutput(BaseOutput):
                     "The weights are for a module that is not here; load them with its `load_state_dict`."
                 )
             model = copy.deepcopy(self.module)
-            model.load_state_dict(weights, strict=False)
+            model.load_state_dict({**model.state_dict(), **weights})
             return model.eval()
         id2label = dict(enumerate(names))
         label2id = {name: i for i, name in id2label.items()}

@@ -5,9 +5,11 @@ Reference: IGPG (https://huggingface.co/papers/2504.02012).
 Notation: N samples, L tokens of a network, R codes per token, C classes, S scalars per token, E size of an embedding.
 """
 
+import itertools
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import in_words, target_numbers, target_of
+from ..targets.mixed import in_words, same_network, target_numbers, target_of
 from ..weights.descriptors import SIZE
 from ..weights.layout import LayoutMismatchError
 from ..weights.lora import center_head
@@ -29,18 +31,12 @@ from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
 from .request import Request, read_request, sample_generators
-from .shards import SHARD_SIZE, write_shards
+from .shards import SHARD_SIZE, check_place, write_shards
 
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
 GIVEN = "given"  # name of an architecture that a caller brings
-KEPT = (
-    "encoder",
-    "image_encoder",
-    "far_below",
-    "known_above",
-    "temperature",
-)  # by a generator with one architecture more
+CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
 
 class IGPGPipeline(WeightGenPipeline):
@@ -143,8 +139,8 @@ class IGPGPipeline(WeightGenPipeline):
                 follow; 0 and 1 leave all in.
             output_type: `"weights"`, or `"codes"` to stop before decoding.
             return_dict: `False` returns a tuple.
-            save_directory: With `output_type="codes"`: weights are decoded to files in it, tensor by tensor, so that a network may
-                be larger than memory; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
+            save_directory: With `output_type="codes"`: weights are decoded to files in it, tensor by tensor, so that of the weights
+                one shard is in memory; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
             shard_size: Bytes of a file.
 
         Returns:
@@ -154,11 +150,12 @@ class IGPGPipeline(WeightGenPipeline):
             TypeError, ValueError: If an argument does not fit; nothing has been generated then.
         """
         if isinstance(architecture, (TargetConfig, nn.Module)):
-            wider = self.with_architecture(architecture)
+            name = _free(GIVEN, {target.get("name") for target in self.targets})
+            wider = self.with_architecture(architecture, name)
             asked = {"prompt": prompt, "labels": labels, "num_samples": num_samples, "dataset": dataset}
             asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
             asked |= {"prompt_embeds": prompt_embeds, "output_type": output_type, "return_dict": return_dict}
-            return wider(**asked, architecture=GIVEN, save_directory=save_directory, shard_size=shard_size)
+            return wider(**asked, architecture=name, save_directory=save_directory, shard_size=shard_size)
         temperature = self.config.temperature if temperature is None else temperature
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature <= 100:
             raise ValueError(f"`temperature` must be a number from 0 to 100, got {temperature!r}.")
@@ -168,8 +165,10 @@ class IGPGPipeline(WeightGenPipeline):
             raise ValueError(f"`top_p` must be a number above 0 and up to 1, got {top_p!r}.")
         if output_type not in ("weights", "codes"):
             raise ValueError(f"`output_type` must be 'weights' or 'codes', got {output_type!r}.")
-        if save_directory is not None and output_type != "codes":
-            raise ValueError("With `save_directory`, `output_type` must be 'codes': weights go to files instead.")
+        if save_directory is not None:
+            if output_type != "codes":
+                raise ValueError("With `save_directory`, `output_type` must be 'codes': weights go to files instead.")
+            check_place(Path(save_directory), shard_size)
         size = self.vqvae.config.embedding_size
         asked = read_request(self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture)
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
@@ -189,9 +188,9 @@ class IGPGPipeline(WeightGenPipeline):
         for (layout, _), places in alike.items():
             conditions = torch.cat([self._conditions(asked, i, targets[i]) for i in places])
             arguments = [conditions, *self._described(layout, torch.cat([class_embeds[i] for i in places]))]
-            arguments = [part.repeat_interleave(num_samples, 0).to(self.prior.device) for part in arguments]
-            own = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
-            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": own}
+            arguments = [self._to_prior(part).repeat_interleave(num_samples, 0) for part in arguments]
+            drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
+            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
             written = self.prior.write(*arguments, **sampling if temperature else {}).cpu()
             for i, part in zip(places, written.split(num_samples), strict=True):
                 codes[i] = part
@@ -214,7 +213,7 @@ class IGPGPipeline(WeightGenPipeline):
             latents=torch.cat([F.pad(own, (0, 0, 0, longest - own.shape[1]), value=PADDING) for own in codes]),
             generator_id=self.source,
             generator_revision=self.revision,
-            module=getattr(self, "_module", None),
+            module=getattr(self, "_modules", {}).get(architecture),
         )
         return output if return_dict else output.to_tuple()
 
@@ -232,10 +231,15 @@ class IGPGPipeline(WeightGenPipeline):
             [`IGPGPipeline`], which shares all networks with this one.
 
         Raises:
-            TypeError, ValueError: If it is none of these, or no task fits it.
+            TypeError, ValueError: If it is none of these, no task fits it, or the name is taken.
         """
         target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
-        weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
+        if name in {known.get("name") for known in self.targets}:
+            raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
+        same = [known for known in self.targets if "config" in target and same_network(known, target)]
+        weight_tokenizer, number = self.weight_tokenizer, same[0]["layout"] if same else None
+        if number is None:
+            weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
         target |= {"name": name, "layout": number}
         targets, tasks = list(self.targets), []
         for task in self.config.tasks:
@@ -254,47 +258,66 @@ class IGPGPipeline(WeightGenPipeline):
             )
         wider = IGPGPipeline(
             **self.components | {"weight_tokenizer": weight_tokenizer},
-            **{key: value for key, value in self.config.items() if key in KEPT},
+            **{key: value for key, value in self.config.items() if key in CARRIED},
             target=self.config.target,
             targets=targets,
             tasks=tasks,
         )
-        for own in ("_encoder", "_image_encoder", "_source", "_folder"):
+        wider._encoder = self.encoder
+        for own in ("_image_encoder", "_source", "_folder"):
             if hasattr(self, own):
                 setattr(wider, own, getattr(self, own))
-        wider._module = architecture if target["kind"] == "module" else None
+        wider._modules = dict(getattr(self, "_modules", {}))
+        if target["kind"] == "module":
+            wider._modules[name] = architecture
         return wider
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in diffusers; networks that are modules of the caller's cannot be saved, which are no files."""
+        own = [target["name"] for target in self.targets if target["kind"] == "module"]
+        if own:
+            raise ValueError(
+                f"The architecture {own[0]!r} is a module of yours, which no file can tell; save the generator without it."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def rank(self, prompt: str | None = None, dataset: object | None = None) -> list[dict]:
         """
         Which of the known tasks and architectures fit a description, a dataset, or both, by the generator's own likelihood: of each
-        pair the codes that it writes when it is asked by the task's own prompt; these codes under what the caller asks for.
+        pair the likeliest codes for the task's own prompt, under what the caller asks for.
 
         Args:
-            prompt, dataset: As of a call.
+            prompt (`str`, *optional*), dataset: As of a call.
 
         Returns:
-            `list[dict]`, the best first: `task`, `architecture` (`None` where targets have no names) and `score`, by how many nats a
-            code is likelier (above 0) or less likely to follow from the request than from the task's own prompt.
+            `list[dict]`, the best first: `task`, `architecture` (`None` where targets have no names) and `score`, the logarithm of
+            how much likelier the codes are under the request than under a known task at random: about that of the number of
+            tasks at most, about 0 where codes do not depend on the task.
         """
+        if not isinstance(prompt, (str, type(None))):
+            raise TypeError(f"`prompt` must be one text, got {type(prompt).__name__}.")
         size = self.vqvae.config.embedding_size
-        request = read_request(self, size, prompt, None, 1, None, None, dataset, None)
-        known = []
-        for task in self.config.tasks:
+        request, tasks = read_request(self, size, prompt, None, 1, None, None, dataset, None), self.config.tasks
+        of_tasks = torch.stack([unpack_embeddings(task["prompt_embeddings"], size)[0] for task in tasks])  # (tasks, E)
+        ranked = []
+        for row, task in enumerate(tasks):
             class_embeds = self.encoder.embed(list(task["labels"]))[None]
-            own = unpack_embeddings(task["prompt_embeddings"], size)[:1]
             for number in target_numbers(task):
                 target = self.targets[number]
-                described = [part.to(self.prior.device) for part in self._described(target["layout"], class_embeds)]
-                asked = self._conditions(request, 0, target).to(self.prior.device)
-                by_task = torch.zeros_like(asked)
-                by_task[0, 0], by_task[0, 2] = own[0], asked[0, 2]
-                codes = self.prior.write(by_task, *described)
-                losses = [self.prior.code_losses(codes, told, *described)[0].mean() for told in (asked, by_task)]
-                score = (losses[1] - losses[0]).item()
-                known.append({"task": task["name"], "architecture": target.get("name"), "score": score})
-        return sorted(known, key=lambda pair: -pair["score"])
+                asked = self._conditions(request, 0, target)
+                known = torch.zeros(len(tasks), *asked.shape[1:])
+                known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
+                conditions = self._to_prior(torch.cat([asked, known]))
+                described = [self._to_prior(part) for part in self._described(target["layout"], class_embeds)]
+                codes = self.prior.write(conditions[1 + row, None], *described)
+                count = len(conditions)
+                told = [part.expand(count, *part.shape[1:]) for part in (codes, *described)]
+                losses, of = self.prior.code_losses(told[0], conditions, *told[1:])
+                likely = -torch.zeros(count, dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
+                score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
+                ranked.append({"task": task["name"], "architecture": target.get("name"), "score": score.item()})
+        return sorted(ranked, key=lambda pair: -pair["score"])
 
     @torch.no_grad()
     def encode_weights(
@@ -316,6 +339,10 @@ class IGPGPipeline(WeightGenPipeline):
         layouts = encoded["layout_ids"].unique().tolist()
         if len(layouts) > 1:
             raise LayoutMismatchError(f"Networks of one layout are encoded together, got those of {layouts}.")
+        if encoded["num_classes"].unique().tolist() not in ([0], [len(labels)]):
+            raise LayoutMismatchError(
+                f"`labels` names {len(labels)} classes, the networks have {encoded['num_classes'].unique().tolist()}."
+            )
         class_embeds = self.encoder.embed(list(labels))[None]
         described = (
             part.expand(len(state_dicts), -1, -1).to(vqvae.device)
@@ -330,7 +357,7 @@ class IGPGPipeline(WeightGenPipeline):
     def decode_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> list[dict[str, Tensor]]:
         """
         Args:
-            codes (`torch.LongTensor` of shape `(N, L, R)`).
+            codes (`torch.LongTensor` of shape `(N, L, R)`); padding behind the network's own tokens is left out.
             layout: Of `weight_tokenizer`.
             class_embeds (`torch.FloatTensor` of shape `(1, C, E)`): Of the class names, or what the dataset encoder says of classes.
 
@@ -341,7 +368,7 @@ class IGPGPipeline(WeightGenPipeline):
         described, names = (
             part.expand(count, -1, -1).to(vqvae.device) for part in self._described(layout, class_embeds)
         )
-        codes = codes.to(vqvae.device)
+        codes = codes[:, : described.shape[1]].to(vqvae.device)
         tokens = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0)
         counts = torch.full((count,), self._class_tokens(layout, class_embeds))
         weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
@@ -350,7 +377,7 @@ class IGPGPipeline(WeightGenPipeline):
     @torch.no_grad()
     def stream_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> Iterator[tuple[str, Tensor]]:
         """
-        [`~IGPGPipeline.decode_codes`] of one network, window by window: memory does not grow with the network.
+        [`~IGPGPipeline.decode_codes`] of one network, window by window: of its weights a window and a tensor are in memory.
 
         Args:
             codes (`torch.LongTensor` of shape `(L, R)`).
@@ -385,6 +412,9 @@ class IGPGPipeline(WeightGenPipeline):
                 yield name, tensor
         yield from center_head(of_head, head).items()
 
+    def _to_prior(self, part: Tensor) -> Tensor:
+        return part.to(self.prior.device, self.prior.dtype)
+
     def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """For class names `(n, C, E)` what tokens are, `(n, L, D)`, and the names of their classes `(n, L, E)`, zeros for body tokens."""
         body, classes = self.weight_tokenizer.num_body_tokens(layout), self._class_tokens(layout, class_embeds)
@@ -405,3 +435,9 @@ class IGPGPipeline(WeightGenPipeline):
                 conditions[0, j] = told[i]
         conditions[0, 2] = self.encoder.embed([in_words(target)])[0]
         return conditions
+
+
+def _free(name: str, taken: Collection) -> str:
+    """The name, or with a number behind it if it is taken."""
+    numbered = (f"{name}{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
 NAME = "model"
+INDEX = f"{NAME}.safetensors.index.json"
+OURS = re.compile(NAME + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size: int = SHARD_SIZE) -> list[Path]:
@@ -25,8 +28,6 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
     Returns:
         `list[Path]`: The files with weights.
     """
-    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
-        raise ValueError(f"`shard_size` must be a whole number of bytes, at least 1, got {shard_size!r}.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".weightgen-") as temporary:
         written: list[list[str]] = []  # names of each shard
@@ -50,12 +51,31 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
         count = len(written)
         names = [f"{NAME}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         names = names if count > 1 else [f"{NAME}.safetensors"]
-        for old in folder.glob(f"{NAME}*.safetensors*"):
-            old.unlink()
-        for i, name in enumerate(names):
-            os.replace(Path(temporary) / str(i), folder / name)
-    if count > 1:
         places = {tensor: name for own, name in zip(written, names, strict=True) for tensor in own}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (Path(temporary) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        moved = [(str(i), name) for i, name in enumerate(names)] + ([(INDEX, INDEX)] if count > 1 else [])
+        for made, name in moved:
+            os.replace(Path(temporary) / made, folder / name)
+    kept = {name for _, name in moved}
+    for old in folder.iterdir():  # of an earlier network, in other shards
+        if OURS.fullmatch(old.name) and old.name not in kept:
+            old.unlink()
     return [folder / name for name in names]
+
+
+def check_place(folder: Path, shard_size: int) -> None:
+    """
+    Raises:
+        ValueError: If [`write_shards`] could not write there, or a folder of samples of an earlier call would stay.
+    """
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+        raise ValueError(f"`shard_size` must be a whole number of bytes, at least 1, got {shard_size!r}.")
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file is not None:
+        raise ValueError(f"`save_directory` {str(folder)!r}: {str(file)!r} is a file; give a folder.")
+    old = sorted(path.name for path in folder.glob("[0-9]" * 4))
+    if old:
+        raise ValueError(
+            f"`save_directory` {str(folder)!r} holds the sample {old[0]!r} of an earlier call; give another folder, or delete it."
+        )

@@ -7,6 +7,7 @@ is asked for by a prompt, by a dataset or by both, and then by any architecture 
 Notation: N samples, E size of an embedding.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..weights.layout import Layout
 from .architectures import TargetConfig, TargetModel
+from .symmetry import BUFFERS
 
 
 SETTINGS = ("input_shape", "layers", "activation", "image_mean", "image_std")  # of a network as a target
@@ -121,6 +123,16 @@ def _words(layers: Sequence[Mapping]) -> list[str]:
     return words
 
 
+def same_network(target: Mapping, other: Mapping) -> bool:
+    """Whether two targets with configs have the same layers for the same inputs, whatever the images' scale is."""
+    first, second = ({key: one.get("config", {}).get(key) for key in SETTINGS[:2]} for one in (target, other))
+    return all(_plain(first[key]) == _plain(second[key]) for key in first)
+
+
+def _plain(settings: object) -> object:
+    return json.loads(json.dumps(settings))  # lists and tuples alike
+
+
 def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Callable[[list[int]], bool]]:
     """
     An architecture that a caller brings.
@@ -144,6 +156,8 @@ def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Call
     if not isinstance(module, nn.Module):
         raise TypeError(f"`architecture` must be a name, a config or a module, got {type(architecture).__name__}.")
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    if module is not architecture:  # of ours it is known which buffers are weights too
+        parameters = {name: t for name, t in module.state_dict().items() if not name.endswith(BUFFERS[2])}
     if len(parameters) < 2 or any(
         p.dim() > 4 or not p.is_floating_point() or not p.numel() for p in parameters.values()
     ):

@@ -12,10 +12,8 @@ from .layout import Layout, TensorSpec
 from .tokenization import WeightTokenizer
 
 
-DEPTH, SIZE = (
-    4.0,
-    1.0,
-)  # how much it counts where tensors are, from 0 to 1, and by what factors of 10 their axes differ
+DEPTH = 4.0  # how much it counts where tensors are, from 0 to 1, beside the factors of 10 by which their axes differ
+NEAR = 0.01  # std of vectors of a kind that nobody has, such as a normalisation's
 
 
 def with_layout(tokenizer: WeightTokenizer, layout: Layout) -> tuple[WeightTokenizer, int]:
@@ -40,7 +38,9 @@ def with_layout(tokenizer: WeightTokenizer, layout: Layout) -> tuple[WeightToken
     entries = layout.to_list()
     for (spec, depth), entry in zip(_depths(layout), entries, strict=True):
         alike = [other for other in known if _role(other[0]) == _role(spec)]
-        alike = alike or [other for other in known if not other[0].head and len(other[0].shape) == len(spec.shape)]
+        if not alike and len(spec.shape) < 2:  # about as torch has them before training
+            entry["mean"], entry["std"] = float(spec.name.endswith(("weight", "running_var"))), NEAR
+            continue
         if not alike:
             raise ValueError(
                 f"Tensor {spec.name!r} is {spec}: no network that this generator knows has a tensor of this kind."
@@ -59,12 +59,13 @@ def _depths(layout: Layout) -> list[tuple[TensorSpec, float]]:
 
 
 def _role(spec: TensorSpec) -> tuple:
-    return spec.head, len(spec.shape), kind_of(spec)
+    part = spec.name.rsplit(".", 1)[-1] if len(spec.shape) < 2 else None  # a scale is no running variance
+    return spec.head, len(spec.shape), kind_of(spec), part
 
 
 def _distance(spec: TensorSpec, depth: float, other: TensorSpec, at: float) -> float:
     sizes = [abs(math.log10(max(1, abs(a)) / max(1, abs(b)))) for a, b in zip(spec.shape, other.shape, strict=True)]
-    return DEPTH * abs(depth - at) + SIZE * sum(sizes)
+    return DEPTH * abs(depth - at) + sum(sizes)
 
 
 def _fan_in(spec: TensorSpec) -> int:
