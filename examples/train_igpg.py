@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from hf_weightgen.hub.cards import told_place, write_card
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
-from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
 from hf_weightgen.pipelines.pipeline_igpg import IGPGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
 from hf_weightgen.targets.image_encoders import MOBILENET
@@ -74,13 +74,12 @@ def main():
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size, **codes))
     source.initialise_names(vqvae)
 
-    def fit_codes(steps: int, name: str, function_loss, weight: float, **settings) -> list[float]:
+    def fit_codes(steps: int, name: str, function_loss, weight: float, **settings) -> None:
         loss = VQVAELoss(vqvae, source.train, tokenizer, steps, function_loss, weight, accelerator.gather)
         train(accelerator, vqvae, loss, loop(steps, **settings), name)
         accelerator.print(f"{name}: codes in use {[round(used) for used in loss.perplexity]} of {args.num_codes}")
-        return loss.perplexity
 
-    used = fit_codes(args.vqvae_steps, "vqvae", source.function_loss, 1.0)
+    fit_codes(args.vqvae_steps, "vqvae", source.function_loss, 1.0)
     dataset_encoder = None
     if source.features is not None:
         of_rows = vqvae.embed_codes(encode_zoo(vqvae, source.train, tokenizer)[0]).detach().mean(1)
@@ -100,7 +99,7 @@ def main():
     task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
     if task_steps:
         settings = {"train_batch_size": args.task_batch_size, "learning_rate": source.task_learning_rate}
-        used = fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, **settings)
+        fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, **settings)
     gate, skipped = judged(args, accelerator, source, encode_zoo(vqvae.eval(), held_out, tokenizer)[1])
 
     # Stage 2: the prior over codes
@@ -135,7 +134,7 @@ def main():
     report = {
         "gate": gate,
         "gate_skipped": skipped,
-        "codes_in_use": used,
+        "codes_in_use": perplexity(vqvae.counts(of_zoo)).tolist(),
         "codes": sizes_of_codes(source, of_zoo, args.num_codes),
         "tasks": figures(pipe, source, args.seed),
         "seconds": time.perf_counter() - start,

@@ -79,6 +79,20 @@ def test_what_is_longer_than_the_context_sees_the_tail_of_what_is_there(prior):
     assert torch.equal(long.flatten()[:fit], short.flatten()[:fit]) and not torch.equal(long, short)
 
 
+def test_parts_are_read_from_their_start_on_as_far_as_the_context_goes(prior):
+    codes, data = torch.randint(8, (2, 40, 2), generator=random(2)), asked(2, 40)
+    room = (SETTINGS["max_position_embeddings"] - 5) // 2  # tokens
+    whole, part = (prior.code_losses(codes, **data, start=start)[0] for start in (0, 25))
+    assert len(whole) == 2 * 2 * room and len(part) == 2 * 2 * 15
+    changed = codes.clone()
+    changed[:, :25] = (codes[:, :25] + 1) % 8
+    torch.testing.assert_close(prior.code_losses(changed, **data, start=25)[0], part)
+    changed[:, 25] = (codes[:, 25] + 1) % 8
+    assert not torch.allclose(
+        prior.code_losses(changed, **data, start=25)[0].view(2, -1)[:, 2:], part.view(2, -1)[:, 2:]
+    )
+
+
 def test_padding_and_what_is_not_told_say_nothing(prior):
     codes, data = torch.randint(8, (2, TOKENS, 2), generator=random(2)), asked(2)
     codes[1, 4:] = -1

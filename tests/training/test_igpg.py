@@ -1,5 +1,6 @@
 """IGPG's two stages on networks of two layouts: codes that decode to the networks, and a prior that learns to write them."""
 
+import copy
 import json
 import runpy
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.training.batches import StepRandom, ZooTensors
 from hf_weightgen.training.igpg import REVIVE_EVERY, VQVAELoss, by_layout, encode_zoo, of_layout, prior_loss
+from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.weights.descriptors import SIZE
 from hf_weightgen.weights.tokenization import WeightTokenizer
 from tiny import random
@@ -135,6 +138,35 @@ def test_dead_codes_are_revived_between_steps(zoo, vqvae):
     loss(vqvae, draws(2 * REVIVE_EVERY)).backward()
     moved = (vqvae.codebook != before).any(-1)
     assert torch.equal(moved, (torch.arange(16) > 0).expand(2, -1))
+
+
+class Interrupted(VQVAELoss):
+    """Of a run that is stopped before some step."""
+
+    stop: int | None = None
+
+    def __call__(self, model, random):
+        if random.step == self.stop:
+            raise KeyboardInterrupt
+        return super().__call__(model, random)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_codes(zoo, vqvae, tmp_path):
+    (rows, tokenizer), steps, stop = zoo, 2 * REVIVE_EVERY + 2, REVIVE_EVERY + 10
+
+    def run(folder: str, stop: int | None) -> WeightVQVAE:
+        model = copy.deepcopy(vqvae)
+        loss = Interrupted(model, rows, tokenizer, 10 * REVIVE_EVERY)
+        loss.stop = stop
+        settings = {"train_batch_size": 8, "checkpointing_steps": 10, "resume_from_checkpoint": "latest"}
+        return train(Accelerator(cpu=True), model, loss, LoopConfig(tmp_path / folder, steps, **settings), "codes")
+
+    whole = run("whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop)
+    resumed = run("stopped", None)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
 
 
 @pytest.mark.slow

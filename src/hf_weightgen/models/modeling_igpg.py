@@ -136,6 +136,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         slots: Tensor | None = None,
         first: int = 0,
+        start: int = 0,
         codes: Tensor | None = None,
         conditions: Tensor | None = None,
         descriptors: Tensor | None = None,
@@ -153,7 +154,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
             first: The position whose input has slot 0; those in front of it are the prefix.
         """
         if codes is not None:
-            losses, _ = self.code_losses(codes, conditions, descriptors, name_embeds)
+            losses, _ = self.code_losses(codes, conditions, descriptors, name_embeds, start)
             return CausalLMOutputWithPast(loss=losses.mean())
         if input_ids is not None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -166,27 +167,35 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(output.last_hidden_state[:, -1:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
 
+    def _room(self, prefix: Tensor) -> int:
+        """Codes that the context has room for."""
+        return self.config.max_position_embeddings - prefix.shape[1] - 1
+
     def _inputs(self, prefix: Tensor, codes: Tensor, slots: Tensor, start: int) -> Tensor:
         """Of ids `(N, n)` that were written from slot `start` on, the inputs from which the next one follows: `(N, P + 1 + n, H)`."""
         written = torch.cat([self.start.expand(len(codes), 1, -1), self.model.embed_tokens(codes)], 1)
         return torch.cat([prefix, written + slots[:, start : start + written.shape[1]]], 1)
 
     def code_losses(
-        self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor
+        self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor, start: int = 0
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             codes (`torch.LongTensor` of shape `(N, T, R)`): From 0 to K - 1, -1 on padding.
             conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+            start: The token from which on codes are read, as a part of a long network is, see [`~IGPGPrior.write`]: as many as the
+                context has room for.
 
         Returns:
-            Negative log-likelihoods in nats of all codes that are no padding, in one row, and of which network each is.
+            Negative log-likelihoods in nats of the codes that are no padding, in one row, and of which network each is.
         """
         K, R = self.config.num_codes, self.config.codes_per_token
         slots, known = self.slots(descriptors, name_embeds), codes[..., 0] >= 0
         ids = (codes.clamp(min=0) + K * torch.arange(R, device=codes.device)).flatten(1)
         prefix = self.prefix(conditions, _mean_of_known(slots, known.repeat_interleave(R, 1)))
-        inputs = self._inputs(prefix, ids[:, :-1], slots, 0)
+        part = slice(start, start + self._room(prefix) // R)
+        codes, known = codes[:, part], known[:, part]
+        inputs = self._inputs(prefix, ids[:, start * R : (start + codes.shape[1]) * R - 1], slots, start * R)
         hidden = self.model(inputs_embeds=inputs).last_hidden_state[:, prefix.shape[1] :]
         hidden = hidden.unflatten(1, (-1, R))[known]  # (tokens, R, H)
         heads = self.lm_head.weight.unflatten(0, (R, K))
@@ -224,7 +233,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         K, R, tail = config.num_codes, config.codes_per_token, config.tail if tail is None else tail
         slots = self.slots(descriptors, name_embeds)
         prefix, total = self.prefix(conditions, slots), slots.shape[1]
-        room = config.max_position_embeddings - prefix.shape[1] - 1
+        room = self._room(prefix)
         ids = torch.zeros(len(slots), 0, dtype=torch.long, device=slots.device)
         while ids.shape[1] < total:
             done = ids.shape[1]

@@ -6,7 +6,7 @@ themselves, see [`~training.objectives.vae_loss`].
 Notation: R rows of a zoo; b rows of a step; L tokens of a network, body and classes; S scalars per token; E of an embedding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models.modeling_igpg import CONDITIONS
 from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
 from ..weights.tokenization import WeightTokenizer
-from .batches import StepRandom, ZooTensors
+from .batches import PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
 
 
@@ -24,6 +24,7 @@ COLDEST = 0.05  # temperature of Gumbel-softmax at the end; it starts with 1
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
+PARTS = 0.25  # share of the prior's steps that read networks from some token on, as parts of long ones are written
 UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it has the descriptions of its tokens
 
 
@@ -76,6 +77,13 @@ class VQVAELoss:
         self.function_loss, self.reconstruction_weight, self.gather = function_loss, reconstruction_weight, gather
         self.usage = torch.ones(vqvae.config.codes_per_token, vqvae.config.num_codes)
         self.asked: Tensor | None = None  # what the encoder asked for in the step before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run that goes on from a checkpoint needs to revive the same codes."""
+        return {"usage": self.usage} | ({"asked": self.asked} if self.asked is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.usage, self.asked = state["usage"], state.get("asked")
 
     @property
     def perplexity(self) -> list[float]:
@@ -167,7 +175,7 @@ def prior_loss(
     conditions = torch.zeros(len(rows), len(CONDITIONS), zoo.prompt_embeds[0].shape[1])
     conditions[:, 0], names = zoo.prompts(tasks, random), zoo.names(tasks, random)
     if shown is not None:
-        conditions[:, 1], of_classes = shown.prompts(tasks, random, purpose=90), shown.names(tasks, random)
+        conditions[:, 1], of_classes = _one_dataset(shown, tasks, random)
         kind = random.uniform(purpose=80) * 3  # below 1: instruction alone; below 2: dataset alone
         conditions[:, 0] *= ((kind < 1) | (kind >= 2))[:, None]
         conditions[:, 1] *= (kind >= 1)[:, None]
@@ -176,11 +184,26 @@ def prior_loss(
         told = random.uniform(purpose=81) > UNTOLD
         conditions[:, 2] = architecture_embeds[tasks] * told[:, None]
     total, count = torch.zeros(()), 0
+    where = random.shared_integers(1000, 2, purpose=82) / 1000
     for layout, own in by_layout(zoo, rows):
         data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
         written = codes[rows[own], : data["weight_tokens"].shape[1]]
         described = {name: data[name] for name in ("descriptors", "name_embeds")}
-        number = int((written >= 0).sum())
-        total = total + number * prior(codes=written, conditions=conditions[own], **described).loss
+        shortest = (written[..., 0] >= 0).sum(1).min()
+        start = int(where[1] * shortest) if where[0] < PARTS else 0
+        number = int((written[:, start:] >= 0).sum())
+        total = total + number * prior(codes=written, conditions=conditions[own], start=start, **described).loss
         count += number
     return total / count
+
+
+def _one_dataset(shown: ZooTensors, tasks: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
+    """Of each task one draw of its dataset, with noise `(b, E)`, and the classes of that draw `(b, C, E)`."""
+    picked = [
+        (shown.prompt_embeds[t][k], shown.class_embeds[t][k])
+        for t, u in zip(tasks.tolist(), random.uniform(purpose=90).tolist(), strict=True)
+        for k in [int(u * len(shown.prompt_embeds[t]))]
+    ]
+    of_dataset, of_classes = (torch.stack(part) for part in zip(*picked, strict=True))
+    size = of_dataset.shape[-1]
+    return F.normalize(of_dataset + random.normal(size, purpose=91) * (PROMPT_NOISE / size**0.5), dim=-1), of_classes

@@ -55,7 +55,8 @@ def train(
     Trains `model` in place and returns it, with the EMA's parameters if there is one.
 
     Args:
-        loss_of: `(model, draws of the step) -> loss`, a mean over the rows of the local batch.
+        loss_of: `(model, draws of the step) -> loss`, a mean over the rows of the local batch. If it has a
+            `state_dict`, that is kept in checkpoints.
         name: Prefix of logged values and of the checkpoint folder.
 
     Raises:
@@ -77,6 +78,8 @@ def train(
         else None
     )
     state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    if hasattr(loss_of, "state_dict"):
+        state["loss"] = loss_of
     folder = Path(config.output_dir) / name
     first = _resume(folder, config.resume_from_checkpoint, state)
     steps = range(first, config.max_train_steps)
