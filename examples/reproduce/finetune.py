@@ -10,7 +10,7 @@ import sys
 
 import torch
 from curves import curve_rows, curve_table, plot_curves
-from tiny_zoo import load, make_parser, samples
+from tiny_zoo import init_of, load, make_parser, samples
 
 from hf_weightgen.evaluation.baselines import average
 from hf_weightgen.evaluation.novelty import fix_network_gauge, flatten
@@ -35,7 +35,7 @@ def main():
         config = configs[spec.name]
         members = [i for i, place in enumerate(where) if place == (spec.name, "train")]
         made = samples(pipe, data, spec, [], "generated", args.n, args.seed, architecture)
-        starts = starting_points(made, list(zoo_state_dicts(zoo, members)), config, spec.name)
+        starts = starting_points(made, list(zoo_state_dicts(zoo, members)), config, init_of(zoo, spec.name))
         curves = finetune(config, starts, data[spec.name], args)
         rows += curve_rows(spec.name, curves)
         print(curve_table(spec.name, curves, EPOCHS), flush=True)
@@ -43,12 +43,12 @@ def main():
     plot_curves(rows, args.out.with_suffix(".png"))
 
 
-def starting_points(made, members, config, task: str) -> dict[str, list[dict]]:
+def starting_points(made, members, config, init: str) -> dict[str, list[dict]]:
     """Networks of each row at epoch 0."""
     units = permutation_spec(config)
     aligned, same_gauge = (fix_network_gauge(many, members[0], units) for many in (members, made))
     near = torch.cdist(flatten(same_gauge), flatten(aligned)).argmin(1)
-    fresh = initial(config, list(range(len(made))), PROTOCOLS["short"][task].init, BIAS)
+    fresh = initial(config, list(range(len(made))), init, BIAS)
     return {
         "generated": made,
         "random": [unstack(fresh, k) for k in range(len(made))],

@@ -24,7 +24,7 @@ from hf_weightgen.targets.architectures import TargetConfig
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import target_number
 from hf_weightgen.targets.tasks import get_task
-from hf_weightgen.zoo.build_networks import PROTOCOLS
+from hf_weightgen.zoo.build_networks import SHORT, NetworkZooConfig
 from hf_weightgen.zoo.folder import load_zoo
 from hf_weightgen.zoo.images import load_images
 from hf_weightgen.zoo.networks import keep_memory
@@ -125,7 +125,7 @@ def table_of(args, pipe, config, data, zoo, generate, methods: Sequence[str] = M
         data,
         list(zoo_state_dicts(zoo, members)),
         list(zoo_state_dicts(zoo, of("held_out", latest=True))),
-        init=PROTOCOLS["short"][spec.name].init if spec.name in PROTOCOLS["short"] else "default",
+        init=init_of(zoo, spec.name),
         member_seeds=[where["seed"][i] for i in members],
         reconstruct=lambda state_dicts: reconstruct_members(pipe, state_dicts, spec.labels),
         predict_accuracies=predict_accuracies,
@@ -133,6 +133,11 @@ def table_of(args, pipe, config, data, zoo, generate, methods: Sequence[str] = M
         seed=args.seed,
         methods=methods,
     )
+
+
+def init_of(zoo, task: str) -> str:
+    """How new networks of a zoo's architecture start."""
+    return NetworkZooConfig(zoo[0]["arch"]["name"]).of(task).init if task in SHORT else "default"
 
 
 def make_parser(description: str, n: int, zoos: str | None = None) -> argparse.ArgumentParser:

@@ -2,8 +2,9 @@
 
     python examples/reproduce/unseen_architectures.py --generator runs/igpg/pipeline --zoo runs/images --out unseen.json
 
-Beside networks that are new, members of the zoo whose layers are copied to the new sizes (rows and columns again from the first one
-on, weights scaled by the number of inputs), and members put into a corner of a new network. All rows of a task are trained on the same batches.
+Beside networks that are new, members of the zoo whose layers are copied to the new sizes as Net2Net does, which keeps what they
+compute where units or layers are more; and members put into a corner of a new network. The row `member` tells what members of the
+known size have. All rows of a task are trained on the same batches.
 IGPG (section 4.4) tells of unseen architectures after fine-tuning; no figures of the paper are on these sets.
 """
 
@@ -12,14 +13,13 @@ import sys
 
 import torch
 from curves import curve_rows, curve_table
-from finetune import finetune
-from tiny_zoo import load, make_parser
+from finetune import accuracy, finetune
+from tiny_zoo import init_of, load, make_parser
 
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.targets.architectures import HEAD, TargetConfig, cnn, mlp
-from hf_weightgen.targets.depth import places
-from hf_weightgen.targets.stacked import unstack
-from hf_weightgen.zoo.build_networks import BIAS, PROTOCOLS
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, cnn, mlp, shape_after
+from hf_weightgen.targets.stacked import stack, unstack
+from hf_weightgen.zoo.build_networks import BIAS
 from hf_weightgen.zoo.networks import initial
 from hf_weightgen.zoo.schema import zoo_state_dicts
 
@@ -48,9 +48,12 @@ def main():
     pipe, specs, configs, data, zoo, architecture = load(args)
     where, rows = list(zip(zoo["task"], zoo["split"], strict=True)), []
     family = architecture or zoo[0]["arch"]["name"]
+    if family not in VARIANTS:
+        raise SystemExit(f"There are variants of {list(VARIANTS)}, the zoo has {family!r}.")
     for spec in specs:
         known = configs[spec.name]
-        members = [i for i, place in enumerate(where) if place == (spec.name, "train")][-args.n :]
+        members = [i for i, place in enumerate(where) if place == (spec.name, "train")]
+        members = [i for i in members if zoo[i]["checkpoint"] == zoo[members[-1]]["checkpoint"]][: args.n]
         members = list(zoo_state_dicts(zoo, members))
         for name, layers in VARIANTS[family].items():
             settings = {key: getattr(known, key) for key in ("input_shape", "activation", "num_classes")}
@@ -58,15 +61,17 @@ def main():
             generator = torch.Generator().manual_seed(args.seed)
             prompts = [spec.prompts[i % len(spec.prompts)] for i in range(args.n)]
             made = pipe(prompts, labels=list(spec.labels), architecture=config, generator=generator).weights
-            fresh = initial(config, list(range(args.n)), PROTOCOLS["short"][spec.name].init, BIAS)
+            fresh = initial(config, list(range(args.n)), init_of(zoo, spec.name), BIAS)
             fresh = [unstack(fresh, k) for k in range(args.n)]
             starts = {
                 "generated": made,
                 "random": fresh,
                 "layers_copied": [copied(member, known, config) for member in members],
-                "nearest_member": [in_corner(member, new) for member, new in zip(members, fresh, strict=True)],
+                "member_in_corner": [in_corner(member, new) for member, new in zip(members, fresh, strict=True)],
             }
             curves = finetune(config, starts, data[spec.name], args, EPOCHS)
+            inputs, labels = data[spec.name].inputs(data[spec.name].test), data[spec.name].test.labels
+            curves["member"] = {0: accuracy(known, stack(members), inputs, labels)}
             told = f"{spec.name}, {family}, {name}"
             rows += curve_rows(spec.name, curves, architecture=family, variant=name)
             print(curve_table(told, curves, EPOCHS), flush=True)
@@ -74,32 +79,44 @@ def main():
 
 
 def copied(member: dict, known: TargetConfig, config: TargetConfig) -> dict:
-    """A member's layers in the sizes of another network; where that has more layers of a kind, some stand twice."""
-    sources = _layers(known.network)
-    wanted, result = _layers(config.network), {}
-    with torch.random.fork_rng(devices=[]):
-        shapes = {name: p.shape for name, p in initial(config, [0]).items()}
-    for kind in ("conv", "linear"):
-        have, want = sources[kind], wanted[kind]
-        for name, place in zip(want, places(len(have), len(want)), strict=True):
-            source = "head" if name == "head" else have[place]
-            if name != "head" and source == "head":
-                source = have[max(0, len(have) - 2)]
-            for part in ("weight", "bias"):
-                result[f"{name}.{part}"] = resized(member[f"{source}.{part}"], shapes[f"{name}.{part}"][1:])
+    """
+    A member in the sizes of another network, as Net2Net (https://huggingface.co/papers/1511.05641) has it: units stand twice, and
+    what reads them reads half of each; a further layer hands on what it gets. Where units are fewer, the first ones stay.
+    """
+    units, result = torch.arange(known.input_shape[0]), {}  # which old unit each input of the next layer is
+    have = {
+        kind: iter([name for name, own, *_ in _layers(known) if own == kind]) for kind in ("conv", "linear", "head")
+    }
+    for name, kind, count, pixels in _layers(config):
+        source = next(have[kind], None)
+        if source is None:  # behind the last layer of the kind that the member has
+            result[f"{name}.weight"], result[f"{name}.bias"] = torch.eye(count), torch.zeros(count)
+            continue
+        weight, bias = member[f"{source}.weight"], member[f"{source}.bias"]
+        copies = units.bincount(minlength=int(units.max()) + 1)[units].float()
+        inputs, share = units, 1 / copies
+        if pixels > 1:
+            inputs = (units[:, None] * pixels + torch.arange(pixels)).flatten()
+            share = share.repeat_interleave(pixels)
+        rows = torch.arange(count) % len(weight)
+        shape = (1, -1, *[1] * (weight.dim() - 2))
+        result[f"{name}.weight"] = weight[rows][:, inputs] * share.view(shape)
+        result[f"{name}.bias"] = bias[rows]
+        units = rows
     return result
 
 
-def _layers(layers) -> dict[str, list[str]]:
-    return {kind: [layer["name"] for layer in layers if layer["kind"] == kind] for kind in ("conv", "linear")}
-
-
-def resized(tensor: torch.Tensor, shape) -> torch.Tensor:
-    """Rows and columns again from the first one on, or fewer; sums over inputs stay about as large as they were."""
-    inputs = math.prod(tensor.shape[1:]), math.prod(shape[1:])
-    for axis, size in enumerate(shape):
-        tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-    return tensor * (inputs[0] / inputs[1])
+def _layers(config: TargetConfig) -> list[tuple[str, str, int, int]]:
+    """Of each layer with weights its name, its kind, its units, and the pixels of each channel that a linear layer reads."""
+    found, shape = [], list(config.input_shape)
+    for layer in config.network:
+        if layer["kind"] == "conv":
+            found.append((layer["name"], "conv", layer["channels"], 1))
+        elif layer["kind"] == "linear":
+            kind = "head" if layer["name"] == "head" else "linear"
+            found.append((layer["name"], kind, layer["features"], math.prod(shape[1:])))
+        shape = shape_after(layer, shape)
+    return found
 
 
 def in_corner(member: dict, new: dict) -> dict:
