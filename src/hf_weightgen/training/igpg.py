@@ -97,11 +97,11 @@ class VQVAELoss:
         names, T = zoo.names(zoo.task_of[rows], random), tokenizer.num_all_body_tokens
         wide = torch.zeros(len(rows), T + zoo.class_mask.shape[1], config.token_size)
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
+        longest = max(tokenizer.num_body_tokens(k) for k, _ in by_layout(zoo, rows)) + zoo.class_mask.shape[1]
+        uniform = random.uniform(longest, config.codes_per_token, config.num_codes, purpose=70)
         for layout, own in by_layout(zoo, rows):
             data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
-            shape = data["weight_tokens"].shape[1], config.codes_per_token, config.num_codes
-            uniform = random.uniform(*shape, purpose=70 + layout)[own]
-            output = model(**data, temperature=temperature, uniform=uniform)
+            output = model(**data, temperature=temperature, uniform=uniform[own, : data["weight_tokens"].shape[1]])
             share = len(own) / len(rows)
             loss = loss + share * (output.loss + (self.reconstruction_weight - 1) * output.reconstruction_loss)
             body = tokenizer.num_body_tokens(layout)
