@@ -1,15 +1,18 @@
 """Scripts of the paper index, each run at tiny size as a user runs it."""
 
+import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
 import pictures
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -82,3 +85,18 @@ def test_diffusion_over_weights_stands_beside_that_over_latents(run, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["method"] for row in rows[::3]] == ["zoo", "latent", "latent_of_weights", "raw", "raw_wide"]
     assert all(0 <= row["mean"] <= row["best"] <= 100 for row in rows)
+
+
+@pytest.mark.parametrize("family", ["tiny-cnn", "small-lenet", "mlp"])
+def test_copied_layers_compute_what_the_member_does(family, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "reproduce")
+    unseen = importlib.import_module("unseen_architectures")
+    known = architecture(family, activation="relu")
+    member, images = TargetModel(known), torch.randn(4, *known.input_shape)
+    for name in ("wider", "deeper"):
+        config = TargetConfig(input_shape=known.input_shape, layers=unseen.VARIANTS[family][name], activation="relu")
+        network = TargetModel(config)
+        network.load_state_dict(unseen.copied(member.state_dict(), known, config))
+        torch.testing.assert_close(network(images).logits, member(images).logits, rtol=1e-4, atol=1e-5)
+    corner = unseen.in_corner(member.state_dict(), network.state_dict())
+    assert {n: t.shape for n, t in corner.items()} == {n: t.shape for n, t in network.state_dict().items()}
