@@ -148,7 +148,7 @@ class WeightVQVAE(PreTrainedModel):
 
         Args:
             values (`torch.FloatTensor` of shape `(n, Z)`).
-            temperature: tau; 0 takes the nearest code.
+            temperature: tau, of the distribution from which codes are drawn; 0 takes the nearest code.
             gumbel (`torch.FloatTensor` of shape `(n, R, K)`, *optional*): Gumbel noise, for a temperature above 0.
 
         Returns:
@@ -162,7 +162,9 @@ class WeightVQVAE(PreTrainedModel):
             asked.append(rest)
             log_probabilities.append(logits.log_softmax(-1))
             if temperature > 0:
-                soft = ((logits + gumbel[:, r]) / temperature).softmax(-1)
+                # noise that falls with the temperature: distances to codes are about 1, and of 512 draws of Gumbel noise the largest
+                # is 6; with all of it to the end codes would say nothing, and the decoder would learn to read none
+                soft = (logits / temperature + gumbel[:, r]).softmax(-1)
                 code = soft.argmax(-1)
                 total = total + (F.one_hot(code, len(codebook)) + soft - soft.detach()) @ codebook
             else:
