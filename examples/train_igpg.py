@@ -38,7 +38,7 @@ def parse_args():
     add("--networks", type=int, default=512, help="Networks per digit task.")
     add("--num_codes", type=int, default=512, help="Codes of each codebook.")
     add("--codes_per_token", type=int, default=2)
-    add("--vqvae_steps", type=int, default=1000, help="Steps of the autoencoder.")
+    add("--vqvae_steps", type=int, default=1500, help="Steps of the autoencoder.")
     add("--task_steps", type=int, help="Further steps with the task loss, where the zoo has one.")
     add("--dataset_steps", type=int, default=2000, help="Steps of the dataset encoder, of zoos on images.")
     add("--max_train_steps", type=int, default=1000, help="Steps of the prior.")

@@ -20,7 +20,7 @@ from .batches import PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
 
 
-COLDEST = 0.05  # temperature of Gumbel-softmax at the end; it starts with 1
+COLDEST = 0.3  # temperature of codes at the end, from 1: colder ones keep accidents of the networks that train
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
