@@ -24,6 +24,7 @@ from ..targets import architectures
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import load_classifier
 from ..targets.tasks import TASKS
+from .shards import sample_folders
 
 
 CODE = "modeling_target"
@@ -124,24 +125,13 @@ class WeightGenOutput(BaseOutput):
         Returns:
             `list[Path]`: The folders.
         """
-        root = Path(save_directory)
         if any(target["kind"] == "module" for target in self.targets):
             raise ValueError("The weights are for a module of your own: save that, as `to_model` returns it.")
         if not self.weights:
             raise ValueError(
                 "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
             )
-        file = next((path for path in (root, *root.parents) if path.is_file()), None)
-        if file is not None:
-            raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
-        count = 0 if len(self.weights) == 1 else len(self.weights)
-        old = sorted(p.name for p in root.glob("[0-9]" * 4) if int(p.name) >= count)
-        if old:
-            raise ValueError(
-                f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of "
-                "this call; give another folder, or delete it."
-            )
-        folders = [root] if len(self.weights) == 1 else [root / f"{i:04d}" for i in range(len(self.weights))]
+        folders = sample_folders(Path(save_directory), len(self.weights))
         for index, folder in enumerate(folders):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".weightgen-") as temporary:

@@ -31,7 +31,7 @@ from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
 from .request import Request, read_request, sample_generators
-from .shards import SHARD_SIZE, check_place, write_shards
+from .shards import SHARD_SIZE, sample_folders, write_shards
 
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
@@ -165,13 +165,14 @@ class IGPGPipeline(WeightGenPipeline):
             raise ValueError(f"`top_p` must be a number above 0 and up to 1, got {top_p!r}.")
         if output_type not in ("weights", "codes"):
             raise ValueError(f"`output_type` must be 'weights' or 'codes', got {output_type!r}.")
-        if save_directory is not None:
-            if output_type != "codes":
-                raise ValueError("With `save_directory`, `output_type` must be 'codes': weights go to files instead.")
-            check_place(Path(save_directory), shard_size)
+        if save_directory is not None and output_type != "codes":
+            raise ValueError("With `save_directory`, `output_type` must be 'codes': weights go to files instead.")
+        if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+            raise ValueError(f"`shard_size` must be a whole number of bytes, at least 1, got {shard_size!r}.")
         size = self.vqvae.config.embedding_size
         asked = read_request(self, size, prompt, labels, num_samples, generator, prompt_embeds, dataset, architecture)
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
+        folders = [] if save_directory is None else sample_folders(Path(save_directory), len(seeds))
         targets, class_embeds, alike = [self.targets[number] for number in asked.numbers], [], defaultdict(list)
         for i, target in enumerate(targets):
             of_classes = asked.class_embeds
@@ -184,10 +185,10 @@ class IGPGPipeline(WeightGenPipeline):
                 )
             class_embeds.append(of_classes)
             alike[target["layout"], of_classes.shape[1]].append(i)  # are written together
+        conditions = self._conditions(asked, targets)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
-            conditions = torch.cat([self._conditions(asked, i, targets[i]) for i in places])
-            arguments = [conditions, *self._described(layout, torch.cat([class_embeds[i] for i in places]))]
+            arguments = [conditions[places], *self._described(layout, torch.cat([class_embeds[i] for i in places]))]
             arguments = [self._to_prior(part).repeat_interleave(num_samples, 0) for part in arguments]
             drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
@@ -196,11 +197,8 @@ class IGPGPipeline(WeightGenPipeline):
                 codes[i] = part
                 if output_type == "weights":
                     weights[i] = self.decode_codes(part, layout, class_embeds[i])
-                elif save_directory is not None:
-                    for k, own in enumerate(part):
-                        several = len(targets) * num_samples > 1
-                        folder = Path(save_directory) / (f"{i * num_samples + k:04d}" if several else "")
-                        write_shards(self.stream_codes(own, layout, class_embeds[i]), folder, shard_size)
+                for own, folder in zip(part, folders[i * num_samples :], strict=False):
+                    write_shards(self.stream_codes(own, layout, class_embeds[i]), folder, shard_size)
         self.maybe_free_model_hooks()
         longest = max(own.shape[1] for own in codes)
         output = WeightGenOutput(
@@ -236,7 +234,7 @@ class IGPGPipeline(WeightGenPipeline):
         target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
         if name in {known.get("name") for known in self.targets}:
             raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
-        same = [known for known in self.targets if "config" in target and same_network(known, target)]
+        same = [known for known in self.targets if same_network(known, target)]
         weight_tokenizer, number = self.weight_tokenizer, same[0]["layout"] if same else None
         if number is None:
             weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
@@ -300,21 +298,20 @@ class IGPGPipeline(WeightGenPipeline):
         size = self.vqvae.config.embedding_size
         request, tasks = read_request(self, size, prompt, None, 1, None, None, dataset, None), self.config.tasks
         of_tasks = torch.stack([unpack_embeddings(task["prompt_embeddings"], size)[0] for task in tasks])  # (tasks, E)
-        ranked = []
+        conditions, ranked = self._conditions(request, self.targets), []
         for row, task in enumerate(tasks):
             class_embeds = self.encoder.embed(list(task["labels"]))[None]
             for number in target_numbers(task):
                 target = self.targets[number]
-                asked = self._conditions(request, 0, target)
+                asked = conditions[number, None]
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
-                conditions = self._to_prior(torch.cat([asked, known]))
+                told = self._to_prior(torch.cat([asked, known]))
                 described = [self._to_prior(part) for part in self._described(target["layout"], class_embeds)]
-                codes = self.prior.write(conditions[1 + row, None], *described)
-                count = len(conditions)
-                told = [part.expand(count, *part.shape[1:]) for part in (codes, *described)]
-                losses, of = self.prior.code_losses(told[0], conditions, *told[1:])
-                likely = -torch.zeros(count, dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
+                codes = self.prior.write(told[1 + row, None], *described)
+                codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
+                losses, of = self.prior.code_losses(codes, told, *described)
+                likely = -torch.zeros(len(told), dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
                 score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
                 ranked.append({"task": task["name"], "architecture": target.get("name"), "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
@@ -427,13 +424,13 @@ class IGPGPipeline(WeightGenPipeline):
         """A network whose head is too wide for class tokens has none."""
         return class_embeds.shape[1] if self.weight_tokenizer.layouts[layout].head else 0
 
-    def _conditions(self, asked: Request, i: int, target: dict) -> Tensor:
-        """Of the i-th prompt: `(1, conditions, E)`, zeros for what is not told."""
-        conditions = torch.zeros(1, len(CONDITIONS), asked.embeds.shape[1])
+    def _conditions(self, asked: Request, targets: Sequence[dict]) -> Tensor:
+        """Of prompts and their targets, or of one prompt and all of these: `(targets, conditions, E)`, zeros for what is not told."""
+        conditions = torch.zeros(len(targets), len(CONDITIONS), asked.embeds.shape[1])
         for j, told in enumerate((asked.of_prompts, asked.of_dataset)):
             if told is not None:
-                conditions[0, j] = told[i]
-        conditions[0, 2] = self.encoder.embed([in_words(target)])[0]
+                conditions[:, j] = told
+        conditions[:, 2] = self.encoder.embed([in_words(target) for target in targets])
         return conditions
 
 

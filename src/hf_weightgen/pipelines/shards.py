@@ -64,18 +64,21 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
     return [folder / name for name in names]
 
 
-def check_place(folder: Path, shard_size: int) -> None:
+def sample_folders(root: Path, count: int) -> list[Path]:
     """
+    Where `count` samples are saved: one in the folder itself, several as `0000`, `0001`, ... in it. Nothing is written.
+
     Raises:
-        ValueError: If [`write_shards`] could not write there, or a folder of samples of an earlier call would stay.
+        ValueError: If a file is in the way, or samples of an earlier call would stay among them.
     """
-    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
-        raise ValueError(f"`shard_size` must be a whole number of bytes, at least 1, got {shard_size!r}.")
-    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    file = next((path for path in (root, *root.parents) if path.is_file()), None)
     if file is not None:
-        raise ValueError(f"`save_directory` {str(folder)!r}: {str(file)!r} is a file; give a folder.")
-    old = sorted(path.name for path in folder.glob("[0-9]" * 4))
+        raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
+    folders = [root] if count == 1 else [root / f"{i:04d}" for i in range(count)]
+    old = sorted(path.name for path in root.glob("[0-9]" * 4) if path not in folders)
     if old:
         raise ValueError(
-            f"`save_directory` {str(folder)!r} holds the sample {old[0]!r} of an earlier call; give another folder, or delete it."
+            f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of this "
+            "call; give another folder, or delete it."
         )
+    return folders

@@ -124,13 +124,12 @@ def _words(layers: Sequence[Mapping]) -> list[str]:
 
 
 def same_network(target: Mapping, other: Mapping) -> bool:
-    """Whether two targets with configs have the same layers for the same inputs, whatever the images' scale is."""
-    first, second = ({key: one.get("config", {}).get(key) for key in SETTINGS[:2]} for one in (target, other))
-    return all(_plain(first[key]) == _plain(second[key]) for key in first)
-
-
-def _plain(settings: object) -> object:
-    return json.loads(json.dumps(settings))  # lists and tuples alike
+    """Whether two targets have configs with the same layers for the same inputs, whatever the images' scale is."""
+    if "config" not in target or "config" not in other:
+        return False
+    told = ([one["config"].get(key) for key in SETTINGS[:2]] for one in (target, other))
+    first, second = (json.dumps(settings, sort_keys=True) for settings in told)  # where lists and tuples are alike
+    return first == second
 
 
 def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Callable[[list[int]], bool]]:
