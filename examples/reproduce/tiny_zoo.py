@@ -52,8 +52,11 @@ PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"
 
 def main():
     parser = make_parser(__doc__, n=50)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Rows. Default: all.")
     parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
     args = parser.parse_args()
+    if args.card and args.methods is not METHODS:
+        parser.error("--card needs all rows; leave --methods out")
     pipe, specs, configs, data, zoo, architecture = load(args)
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"command": ""}
     kept = before["command"].startswith(command_of(args))
@@ -69,7 +72,7 @@ def main():
         def generate(method: str, count: int, seed: int, spec=spec, others=others) -> list[dict]:
             return samples(pipe, data, spec, others, method, count, seed, architecture)
 
-        table = table_of(args, pipe, configs[spec.name], data[spec.name], zoo, generate)
+        table = table_of(args, pipe, configs[spec.name], data[spec.name], zoo, generate, args.methods)
         rows += table
         print(format_table(table), flush=True)
         if spec.name in PAPER:
@@ -84,7 +87,10 @@ def main():
 def command_of(args) -> str:
     """The command that makes the rows again, but for `--tasks`."""
     places = f"--generator {told_place(args.generator)} --zoo {told_place(args.zoo)}"
-    return f"python examples/reproduce/tiny_zoo.py {places} --n {args.n} --seed {args.seed} --out results.json"
+    methods = "" if args.methods is METHODS else f" --methods {' '.join(args.methods)}"
+    return (
+        f"python examples/reproduce/tiny_zoo.py {places} --n {args.n} --seed {args.seed}{methods} --out results.json"
+    )
 
 
 def summary(rows: Sequence[Mapping]) -> str:
