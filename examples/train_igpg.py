@@ -35,7 +35,7 @@ def parse_args():
     add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
     add("--data_root", help="Folder with datasets under their Hub ids.")
     add("--output_dir", type=Path, default=Path("runs/igpg"), help="Checkpoints, results and `pipeline/`.")
-    add("--networks", type=int, default=512, help="Networks per digit task.")
+    add("--networks", type=int, default=1024, help="Networks per digit task.")
     add("--num_codes", type=int, default=512, help="Codes of each codebook.")
     add("--codes_per_token", type=int, default=2)
     add("--vqvae_steps", type=int, default=1500, help="Steps of the autoencoder.")

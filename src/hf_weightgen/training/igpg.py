@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.modeling_igpg import CONDITIONS
-from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
+from ..models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEOutput, perplexity
 from ..weights.tokenization import WeightTokenizer
-from .batches import PROMPT_NOISE, StepRandom, ZooTensors
+from .batches import FEW_CLASSES, PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
 
 
@@ -30,17 +30,19 @@ UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it 
 
 def of_layout(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor) -> dict:
     """
-    What the autoencoder reads of rows of one layout.
+    What the autoencoder reads of rows of one layout: as many class tokens as the widest of them has.
 
     Args:
         names (`torch.FloatTensor` of shape `(b, C, E)`): Embeddings of class names.
     """
     classes = zoo.class_mask[zoo.task_of[rows]]  # (b, C)
+    most = int(classes.sum(1).max())
+    classes, names = classes[:, :most], names[:, :most]
     body = tokenizer.num_body_tokens(layout)
-    described = tokenizer.describe(layout, classes.shape[1])
+    described = tokenizer.describe(layout, most)
     return {
-        "weight_tokens": tokenizer.own_tokens(zoo.weight_tokens[rows], layout),
-        "padding_mask": tokenizer.own_tokens(zoo.padding_mask[rows], layout),
+        "weight_tokens": tokenizer.own_tokens(zoo.weight_tokens[rows], layout)[:, : body + most],
+        "padding_mask": tokenizer.own_tokens(zoo.padding_mask[rows], layout)[:, : body + most],
         "descriptors": described.expand(len(rows), -1, -1),
         "name_embeds": F.pad(names * classes[..., None], (0, 0, body, 0)),
         "is_class": F.pad(classes, (body, 0)),
@@ -48,9 +50,9 @@ def of_layout(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout:
 
 
 def by_layout(zoo: ZooTensors, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Layouts, and the places in `rows` of those that have it."""
-    layouts = zoo.layout_of[rows]
-    return ((k, (layouts == k).nonzero().flatten()) for k in layouts.unique().tolist())
+    """Layouts, and the places in `rows` of those that have it; those with many classes apart, so that few are padded to many."""
+    keys = torch.stack([zoo.layout_of[rows], (zoo.class_mask[zoo.task_of[rows]].sum(1) > FEW_CLASSES).long()], 1)
+    return ((key[0].item(), (keys == key).all(1).nonzero().flatten()) for key in keys.unique(dim=0))
 
 
 class VQVAELoss:
@@ -94,8 +96,8 @@ class VQVAELoss:
         zoo, tokenizer, config = self.zoo, self.tokenizer, self.vqvae.config
         self._revive(random)
         rows, temperature = zoo.draw_rows(random), COLDEST ** (random.step / max(1, self.steps - 1))
-        names, T = zoo.names(zoo.task_of[rows], random), tokenizer.num_all_body_tokens
-        wide = torch.zeros(len(rows), T + zoo.class_mask.shape[1], config.token_size)
+        names = zoo.names(zoo.task_of[rows], random)
+        wide = torch.zeros(len(rows), zoo.weight_tokens.shape[1], config.token_size)
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
         longest = max(tokenizer.num_body_tokens(k) for k, _ in by_layout(zoo, rows)) + zoo.class_mask.shape[1]
         uniform = random.uniform(longest, config.codes_per_token, config.num_codes, purpose=70)
@@ -104,10 +106,8 @@ class VQVAELoss:
             output = model(**data, temperature=temperature, uniform=uniform[own, : data["weight_tokens"].shape[1]])
             share = len(own) / len(rows)
             loss = loss + share * (output.loss + (self.reconstruction_weight - 1) * output.reconstruction_loss)
-            body = tokenizer.num_body_tokens(layout)
-            padded = F.pad(output.weight_tokens[:, :body], (0, 0, tokenizer.places(layout).start, 0))
-            whole = torch.cat([F.pad(padded, (0, 0, 0, T - padded.shape[1])), output.weight_tokens[:, body:]], 1)
-            wide = wide.index_add(0, own, whole)
+            if self.function_loss is not None:
+                wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, output)), output.weight_tokens)
             counts, asked = counts + self.vqvae.counts(output.codes), [*asked, output.residuals]
         self.usage = MEMORY * self.usage + (1 - MEMORY) * self.gather(counts[None]).sum(0)
         self.asked = torch.cat(asked, 1)
@@ -132,18 +132,24 @@ def encode_zoo(
     vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Codes `(R, L, R)` of all rows, with -1 on padding, and what they decode to side by side `(R, T + C, S)`."""
-    names, T = torch.stack([embeds[0] for embeds in zoo.class_embeds]), tokenizer.num_all_body_tokens
+    names = torch.stack([embeds[0] for embeds in zoo.class_embeds])
     longest = max(tokenizer.num_body_tokens(k) for k in zoo.layout_of.unique().tolist()) + zoo.class_mask.shape[1]
     codes = torch.full((len(zoo), longest, vqvae.config.codes_per_token), -1)
-    wide = torch.zeros(len(zoo), T + zoo.class_mask.shape[1], vqvae.config.token_size)
+    wide = torch.zeros(len(zoo), zoo.weight_tokens.shape[1], vqvae.config.token_size)
     for rows in torch.arange(len(zoo)).split(batch_size):
         for layout, own in by_layout(zoo, rows):
             data = of_layout(zoo, tokenizer, rows[own], layout, names[zoo.task_of[rows[own]]])
-            output, body = vqvae(**data), tokenizer.num_body_tokens(layout)
+            output = vqvae(**data)
             codes[rows[own], : output.codes.shape[1]] = output.codes
-            wide[rows[own], tokenizer.places(layout)] = output.weight_tokens[:, :body]
-            wide[rows[own], T:] = output.weight_tokens[:, body:]
+            wide[rows[own, None], _side_by_side(tokenizer, layout, output)] = output.weight_tokens
     return codes, wide
+
+
+def _side_by_side(tokenizer: WeightTokenizer, layout: int, output: WeightVQVAEOutput) -> Tensor:
+    """Where tokens of a layout are among the tokens of all layouts, which stand in front of those of classes."""
+    body, T = tokenizer.num_body_tokens(layout), tokenizer.num_all_body_tokens
+    start, classes = tokenizer.places(layout).start, output.weight_tokens.shape[1] - body
+    return torch.cat([torch.arange(start, start + body), torch.arange(T, T + classes)])
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:
