@@ -23,7 +23,7 @@ from hf_weightgen.targets.image_encoders import MOBILENET
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
-from hf_weightgen.training.igpg import VQVAELoss, encode_zoo, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
 from hf_weightgen.training.loop import LoopConfig, train
 from train_d2nwg import figures, judged, load_source
 
@@ -71,7 +71,8 @@ def main():
 
     # Stage 1: codes, and whether the networks that they stand for still work
     codes = {"num_codes": args.num_codes, "codes_per_token": args.codes_per_token}
-    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size, **codes))
+    parts = class_parts(tokenizer.token_size)
+    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size // parts, class_parts=parts, **codes))
     source.initialise_names(vqvae)
 
     def fit_codes(steps: int, name: str, function_loss, weight: float, **settings) -> None:
@@ -111,7 +112,7 @@ def main():
     train(
         accelerator,
         prior,
-        lambda m, r: prior_loss(m, of_zoo, texts, tokenizer, r, in_text, shown),
+        lambda m, r: prior_loss(m, of_zoo, texts, tokenizer, r, vqvae.config.token_size, in_text, shown),
         loop(args.max_train_steps, ema_decay=args.ema_decay),
         "prior",
     )

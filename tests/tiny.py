@@ -128,7 +128,9 @@ def igpg_pipeline(encoder) -> IGPGPipeline:
     tokenizer = WeightTokenizer.fit([adapter(0), *networks], 385, head=[WEIGHT, BIAS, *HEAD])
     codes = {"num_codes": 16, "codes_per_token": 2}
     vqvae = WeightVQVAE(
-        WeightVQVAEConfig(token_size=385, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes)
+        WeightVQVAEConfig(
+            token_size=77, class_parts=5, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes
+        )
     )
     prior = IGPGPrior(
         IGPGConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **codes)

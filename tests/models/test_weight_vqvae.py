@@ -37,7 +37,7 @@ def batch(count: int = 8) -> dict[str, torch.Tensor]:
     names = torch.randn(length, 4, generator=generator) * is_class[..., None]
     descriptors = torch.randn(length, 5, generator=generator).expand(count, -1, -1)
     return {
-        "weight_tokens": tokens * mask, "padding_mask": mask, "descriptors": descriptors, "name_embeds": names, "is_class": is_class,
+        "weight_tokens": tokens * mask, "padding_mask": mask, "descriptors": descriptors, "name_embeds": names, "class_parts": is_class.long(),
     }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_codes_are_the_nearest_ones_and_decode_to_the_reconstruction(vqvae):
     assert torch.equal(output.codes[mask], torch.stack([first, second], 1))
     embedded = vqvae.embed_codes(output.codes)
     assert not embedded[~mask].any()
-    decoded = vqvae.decode(embedded, data["descriptors"], data["name_embeds"], mask)
+    decoded = vqvae.decode(embedded, data["descriptors"], data["name_embeds"], mask, data["class_parts"])
     torch.testing.assert_close(decoded, output.weight_tokens)
 
 
@@ -78,10 +78,27 @@ def test_a_shift_of_all_classes_costs_nothing(vqvae):
     vqvae.token_in.weight.zero_()  # the codes then do not depend on the weights
     data = batch()
     before = vqvae(**data)
-    shifted = data["weight_tokens"] + 3.0 * data["is_class"][..., None]
+    shifted = data["weight_tokens"] + 3.0 * data["class_parts"][..., None]
     after = vqvae(**data | {"weight_tokens": shifted})
     torch.testing.assert_close(after.reconstruction_loss, before.reconstruction_loss)
     assert vqvae(**data | {"weight_tokens": data["weight_tokens"] + 3.0}).loss > 2 * before.loss
+
+
+@torch.no_grad()
+def test_each_part_of_a_class_has_a_shift_and_a_map_of_names_of_its_own():
+    torch.manual_seed(0)
+    vqvae, data = WeightVQVAE(WeightVQVAEConfig(**SIZES, **CODES, class_parts=2)).eval(), batch()
+    parts = data["class_parts"].clone()
+    parts[:, BODY + 1 :: 2] *= 2
+    data["class_parts"] = parts
+    vqvae.token_in.weight.zero_()  # the codes then do not depend on the weights
+    before = vqvae(**data)
+    shifted = data["weight_tokens"] + 3.0 * (parts == 1)[..., None] - 2.0 * (parts == 2)[..., None]
+    after = vqvae(**data | {"weight_tokens": shifted})
+    torch.testing.assert_close(after.reconstruction_loss, before.reconstruction_loss)
+    vqvae.name_projection.weight[6:].normal_(generator=random(0))  # of the second part
+    moved = (vqvae(**data).weight_tokens != before.weight_tokens).any(-1)
+    assert torch.equal(moved, parts == 2)
 
 
 @torch.no_grad()
@@ -93,8 +110,9 @@ def test_windows_do_not_see_each_other_and_decode_one_by_one():
     after = vqvae(**other)
     assert torch.equal(after.codes[:, 3:], before.codes[:, 3:]) and not torch.equal(after.codes, before.codes)
     embedded = vqvae.embed_codes(before.codes)
+    read = embedded, data["descriptors"], data["name_embeds"], mask, data["class_parts"]
     for start in range(0, BODY + CLASSES, 3):
-        part = [t[:, start : start + 3] for t in (embedded, data["descriptors"], data["name_embeds"], mask)]
+        part = [t[:, start : start + 3] for t in read]
         whole = before.weight_tokens[:, start : start + 3]
         torch.testing.assert_close(vqvae.decode(*part)[part[3]], whole[part[3]])
 

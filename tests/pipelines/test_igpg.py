@@ -14,6 +14,7 @@ from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.mixed import in_words
+from hf_weightgen.weights.pieces import Pieces
 from tiny import SIZES, adapter, igpg_pipeline, random
 
 
@@ -68,10 +69,11 @@ def test_weights_become_the_codes_that_training_sees(pipe):
     codes, layout, class_embeds = pipe.encode_weights(made.weights, made.labels[0])
     assert layout == 1 and codes.shape == made.latents.shape and codes.min() >= 0
     data = pipe.weight_tokenizer(made.weights)
-    described = pipe.weight_tokenizer.describe(1, 3).expand(2, -1, -1)
-    names = F.pad(class_embeds, (0, 0, pipe.weight_tokenizer.num_body_tokens(1), 0)).expand(2, -1, -1)
-    own = {key: data[key] for key in ("weight_tokens", "padding_mask", "is_class")}
-    assert torch.equal(codes, pipe.vqvae(**own, descriptors=described, name_embeds=names).codes)
+    pieces = Pieces(pipe.weight_tokenizer, 1, 3, pipe.vqvae.config.token_size)
+    names = F.pad(class_embeds, (0, 0, pipe.weight_tokenizer.num_body_tokens(1), 0))[:, pieces.token].expand(2, -1, -1)
+    own = {key: pieces.cut(data[key]) for key in ("weight_tokens", "padding_mask")}
+    own |= {"class_parts": pieces.of_class.expand(2, -1), "descriptors": pieces.describe().expand(2, -1, -1)}
+    assert torch.equal(codes, pipe.vqvae(**own, name_embeds=names).codes)
     large = pipe("which digit is it", architecture="large").weights
     with pytest.raises(LayoutMismatchError, match="names 2 classes, the networks have .3."):
         pipe.encode_weights(made.weights, ["a", "b"])

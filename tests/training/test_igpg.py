@@ -73,16 +73,17 @@ def test_rows_of_a_layout_are_its_networks(zoo):
     rows, tokenizer = zoo
     for layout, own in by_layout(rows, torch.arange(len(rows))):
         names = torch.stack([rows.class_embeds[t][0] for t in rows.task_of[own].tolist()])
-        data = of_layout(rows, tokenizer, own, layout, names)
+        pieces, data = of_layout(rows, tokenizer, own, layout, names, size=4)
         count = tokenizer.num_body_tokens(layout) + 3
+        assert len(pieces) == count
         assert data["weight_tokens"].shape == (len(own), count, 4)
         assert data["descriptors"].shape == (len(own), count, SIZE) and data["name_embeds"].shape == (
             len(own),
             count,
             EMBEDDING,
         )
-        assert torch.equal(data["is_class"].sum(1), rows.class_mask[rows.task_of[own]].sum(1))
-        assert (data["name_embeds"].any(-1) == data["is_class"]).all()
+        assert torch.equal(data["class_parts"].sum(1), rows.class_mask[rows.task_of[own]].sum(1))
+        assert (data["name_embeds"].any(-1) == data["class_parts"].bool()).all()
         assert not data["weight_tokens"][~data["padding_mask"]].any()
 
 
@@ -121,7 +122,7 @@ def test_training_makes_codes_that_decode_and_a_prior_that_writes_them(zoo, vqva
         num_hidden_layers=1, num_attention_heads=2,
     )  # fmt: skip
     prior = IGPGPrior(config)
-    losses = fit(prior, lambda step: prior_loss(prior, codes, rows, tokenizer, draws(step)))
+    losses = fit(prior, lambda step: prior_loss(prior, codes, rows, tokenizer, draws(step), size=4))
     assert losses[0] > 2 and losses[-1] < 0.8
 
 

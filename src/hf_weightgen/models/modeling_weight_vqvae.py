@@ -8,7 +8,8 @@ References: IGPG (https://huggingface.co/papers/2504.02012), whose codes say chu
 the whole network, so that codes need not say what follows from their neighbours.
 
 Notation used for shapes:
-    - B: checkpoints in the batch;  L: tokens of a checkpoint, body tokens and one per class, padded;  S: scalars per token
+    - B: checkpoints in the batch;  L: tokens of a checkpoint, those of the body and then those of classes, padded;  S: scalars
+      per token
     - D: size of a token's description;  E: size of an embedding of a class name;  H: hidden size
     - R: codes per token;  K: codes of a codebook;  Z: size of a code
 """
@@ -30,6 +31,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     r"""
     Args:
         token_size: S.
+        class_parts: Tokens that a class has.
         descriptor_size: D.
         embedding_size: E; 384 is all-MiniLM-L6-v2.
         hidden_size, num_layers, num_attention_heads: Of the encoder, and of the decoder.
@@ -45,6 +47,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     model_type = "weight_vqvae"
 
     token_size: int = 64
+    class_parts: int = 1
     descriptor_size: int = 64
     embedding_size: int = 384
     hidden_size: int = 128
@@ -104,7 +107,7 @@ class WeightVQVAE(PreTrainedModel):
         self.name_in = nn.ModuleList(nn.Linear(config.embedding_size, H, bias=False) for _ in range(2))
         self.to_code, self.from_code = nn.Linear(H, config.code_size), nn.Linear(config.code_size, H)
         self.token_out = nn.Linear(H, config.token_size)
-        self.name_projection = nn.Linear(config.embedding_size, config.token_size, bias=False)
+        self.name_projection = nn.Linear(config.embedding_size, config.class_parts * config.token_size, bias=False)
         self.codebook = nn.Parameter(torch.empty(config.codes_per_token, config.num_codes, config.code_size))
         self.post_init()
 
@@ -179,18 +182,24 @@ class WeightVQVAE(PreTrainedModel):
         levels = range(len(self.codebook))
         return sum(self.codebook[r][codes[..., r].clamp(min=0)] * known[..., r, :] for r in levels)
 
-    def decode(self, embedded: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
+    def decode(
+        self, embedded: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor, class_parts: Tensor
+    ) -> Tensor:
         """
         Args:
             embedded (`torch.FloatTensor` of shape `(B, L, Z)`): See [`~WeightVQVAE.embed_codes`].
             descriptors, name_embeds, mask: See [`~WeightVQVAE.encode`].
+            class_parts (`torch.LongTensor` of shape `(B, L)`): Which of its class's tokens each one is, from 1; 0 on others.
 
         Returns:
             `torch.FloatTensor` of shape `(B, L, S)`: weight tokens.
         """
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
         # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
-        return self.token_out(self._in_windows(self.decoder, hidden, mask)) + self.name_projection(name_embeds)
+        rows = self.name_projection(name_embeds).unflatten(-1, (self.config.class_parts, -1))
+        part = (class_parts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, rows.shape[-1])
+        of_names = rows.gather(2, part)[:, :, 0]  # names of other tokens are zeros
+        return self.token_out(self._in_windows(self.decoder, hidden, mask)) + of_names
 
     def _in_windows(self, transformer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
         """`(B, L, H)`, each window by itself; zeros where a window has no token."""
@@ -208,14 +217,14 @@ class WeightVQVAE(PreTrainedModel):
         padding_mask: Tensor,
         descriptors: Tensor,
         name_embeds: Tensor,
-        is_class: Tensor,
+        class_parts: Tensor,
         temperature: float = 0.0,
         uniform: Tensor | None = None,
     ) -> WeightVQVAEOutput:
         """
         Args:
             padding_mask (`torch.BoolTensor` of shape `(B, L, S)`): `True` on scalars that count.
-            is_class (`torch.BoolTensor` of shape `(B, L)`): `True` on class tokens; these count up to a shift that all classes share.
+            class_parts: See [`~WeightVQVAE.decode`]; class tokens count up to a shift that all classes share.
             temperature, uniform (`torch.FloatTensor` of shape `(B, L, R, K)`, *optional*): Of Gumbel-softmax, with draws from
                 [0, 1); without them the nearest codes are taken, which passes no gradient to the encoder but by commitment.
         """
@@ -231,8 +240,8 @@ class WeightVQVAE(PreTrainedModel):
             gumbel = -(-uniform[mask].clamp(min=tiny).log()).clamp(min=tiny).log()
         codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)
         embedded = values.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
-        reconstruction = self.decode(embedded, descriptors, name_embeds, mask)
-        error = _without_class_mean(reconstruction - weight_tokens, is_class).square() * padding_mask
+        reconstruction = self.decode(embedded, descriptors, name_embeds, mask, class_parts)
+        error = self._without_class_mean(reconstruction - weight_tokens, class_parts).square() * padding_mask
         reconstruction_loss = (error.sum((1, 2)) / padding_mask.sum((1, 2)).clamp(min=1)).mean()
         chosen = self.embed_codes(codes)
         codebook_loss = F.mse_loss(chosen, values.detach())
@@ -253,6 +262,13 @@ class WeightVQVAE(PreTrainedModel):
             every,
             asked.detach(),
         )
+
+    def _without_class_mean(self, tokens: Tensor, class_parts: Tensor) -> Tensor:
+        """`(B, L, S)` without the shift that all classes share; the softmax does not see it."""
+        which = torch.arange(1, 1 + self.config.class_parts, device=class_parts.device)
+        of_part = (class_parts[..., None] == which).to(tokens.dtype)  # (B, L, parts)
+        mean = of_part.mT @ tokens / of_part.sum(1).clamp(min=1)[..., None]  # (B, parts, S)
+        return tokens - of_part @ mean
 
     def counts(self, codes: Tensor) -> Tensor:
         """How often each code comes in `(..., R)`, which has -1 on padding: `(R, K)`."""
@@ -286,10 +302,3 @@ def perplexity(counts: Tensor) -> Tensor:
     """Of the distribution of codes that came so often, `(R, K)`: from 1 to K, `(R,)`."""
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return (-(shares * shares.clamp(min=1e-12).log()).sum(-1)).exp()
-
-
-def _without_class_mean(tokens: Tensor, is_class: Tensor) -> Tensor:
-    """`(B, L, S)` without the shift that all classes share; the softmax does not see it."""
-    of_class = is_class[..., None].to(tokens.dtype)
-    mean = (tokens * of_class).sum(1, keepdim=True) / of_class.sum(1, keepdim=True).clamp(min=1)
-    return tokens - mean * of_class

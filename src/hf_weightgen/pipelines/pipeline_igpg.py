@@ -25,6 +25,7 @@ from ..targets.mixed import in_words, same_network, target_numbers, target_of
 from ..weights.descriptors import SIZE
 from ..weights.layout import LayoutMismatchError
 from ..weights.lora import center_head
+from ..weights.pieces import Pieces
 from ..weights.tokenization import WeightTokenizer
 from ..weights.unseen import with_layout
 from .loading import check_settings, check_targets
@@ -94,10 +95,10 @@ class IGPGPipeline(WeightGenPipeline):
         vqvae, prior, size = self.vqvae.config, self.prior.config, self.vqvae.config.embedding_size
         check_settings(self.config, size)
         check_targets(self.targets, self.weight_tokenizer)
-        if self.weight_tokenizer.token_size != vqvae.token_size:
+        if self.weight_tokenizer.token_size != vqvae.token_size * vqvae.class_parts:
             raise ValueError(
-                f"the weight tokenizer makes tokens of {self.weight_tokenizer.token_size} scalars, the autoencoder reads "
-                f"{vqvae.token_size}."
+                f"the weight tokenizer makes tokens of {self.weight_tokenizer.token_size} scalars, the autoencoder reads them in "
+                f"{vqvae.class_parts} parts of {vqvae.token_size}."
             )
         for name in ("num_codes", "codes_per_token", "descriptor_size", "embedding_size"):
             if getattr(vqvae, name) != getattr(prior, name):
@@ -188,7 +189,8 @@ class IGPGPipeline(WeightGenPipeline):
         conditions = self._conditions(asked, targets)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
-            arguments = [conditions[places], *self._described(layout, torch.cat([class_embeds[i] for i in places]))]
+            described = self._described(layout, torch.cat([class_embeds[i] for i in places]))[:2]
+            arguments = [conditions[places], *described]
             arguments = [self._to_prior(part).repeat_interleave(num_samples, 0) for part in arguments]
             drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
@@ -307,7 +309,7 @@ class IGPGPipeline(WeightGenPipeline):
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
                 told = self._to_prior(torch.cat([asked, known]))
-                described = [self._to_prior(part) for part in self._described(target["layout"], class_embeds)]
+                described = [self._to_prior(part) for part in self._described(target["layout"], class_embeds)[:2]]
                 codes = self.prior.write(told[1 + row, None], *described)
                 codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
                 losses, of = self.prior.code_losses(codes, told, *described)
@@ -343,10 +345,10 @@ class IGPGPipeline(WeightGenPipeline):
         class_embeds = self.encoder.embed(list(labels))[None]
         described = (
             part.expand(len(state_dicts), -1, -1).to(vqvae.device)
-            for part in self._described(layouts[0], class_embeds)
+            for part in self._described(layouts[0], class_embeds)[:2]
         )
-        tokens = encoded["weight_tokens"].to(vqvae.device, vqvae.dtype)
-        values = vqvae.encode(tokens, *described, encoded["padding_mask"].any(-1).to(vqvae.device))
+        tokens = self._pieces(layouts[0], class_embeds).cut(encoded["weight_tokens"]).to(vqvae.device, vqvae.dtype)
+        values = vqvae.encode(tokens, *described, torch.ones_like(tokens[..., 0], dtype=torch.bool))
         codes, *_ = vqvae.quantise(values.flatten(0, 1))
         return codes.unflatten(0, values.shape[:2]).cpu(), layouts[0], class_embeds
 
@@ -362,11 +364,12 @@ class IGPGPipeline(WeightGenPipeline):
             `list[dict[str, torch.Tensor]]` of length N: state dicts.
         """
         vqvae, tokenizer, count = self.vqvae, self.weight_tokenizer, len(codes)
-        described, names = (
-            part.expand(count, -1, -1).to(vqvae.device) for part in self._described(layout, class_embeds)
+        described, names, parts = (
+            part.expand(count, *part.shape[1:]).to(vqvae.device) for part in self._described(layout, class_embeds)
         )
         codes = codes[:, : described.shape[1]].to(vqvae.device)
-        tokens = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0)
+        decoded = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0, parts)
+        tokens = self._pieces(layout, class_embeds).join(decoded)
         counts = torch.full((count,), self._class_tokens(layout, class_embeds))
         weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
         return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
@@ -386,7 +389,7 @@ class IGPGPipeline(WeightGenPipeline):
             LayoutMismatchError: If the network has another number of tokens.
         """
         vqvae, size = self.vqvae, self.vqvae.config.window
-        described, names = (part[0] for part in self._described(layout, class_embeds))
+        described, names, parts = (part[0] for part in self._described(layout, class_embeds))
         if len(codes) != len(described):
             raise LayoutMismatchError(
                 f"Layout {layout} with these classes has {len(described)} tokens, got codes of {len(codes)}."
@@ -395,14 +398,15 @@ class IGPGPipeline(WeightGenPipeline):
         def windows() -> Iterator[Tensor]:
             for start in range(0, len(codes), size):
                 part = slice(start, start + size)
-                parts = (vqvae.embed_codes(codes[part].to(vqvae.device)), described[part], names[part])
-                own = [tensor[None].to(vqvae.device) for tensor in parts]
-                yield vqvae.decode(*own, codes[None, part, 0].to(vqvae.device) >= 0)[0].float().cpu()
+                own = codes[part].to(vqvae.device)
+                read = vqvae.embed_codes(own), described[part], names[part], own[:, 0] >= 0, parts[part]
+                yield vqvae.decode(*(tensor[None].to(vqvae.device) for tensor in read))[0].float().cpu()
 
         head = self.weight_tokenizer.layouts[layout].head
         of_head = {}
         classes = self._class_tokens(layout, class_embeds)
-        for name, tensor in self.weight_tokenizer.decode_stream(windows(), layout, classes):
+        tokens = self._pieces(layout, class_embeds).join_stream(windows())
+        for name, tensor in self.weight_tokenizer.decode_stream(tokens, layout, classes):
             if name in head:
                 of_head[name] = tensor
             else:
@@ -412,13 +416,19 @@ class IGPGPipeline(WeightGenPipeline):
     def _to_prior(self, part: Tensor) -> Tensor:
         return part.to(self.prior.device, self.prior.dtype)
 
-    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """For class names `(n, C, E)` what tokens are, `(n, L, D)`, and the names of their classes `(n, L, E)`, zeros for body tokens."""
+    def _pieces(self, layout: int, class_embeds: Tensor) -> Pieces:
+        classes = self._class_tokens(layout, class_embeds)
+        return Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
+
+    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        For class names `(n, C, E)` what pieces are, `(n, L, D)`, the names of their classes `(n, L, E)`, zeros for those of the body,
+        and which parts of their classes they are `(n, L)`.
+        """
+        pieces, count, dtype = self._pieces(layout, class_embeds), len(class_embeds), self.vqvae.dtype
         body, classes = self.weight_tokenizer.num_body_tokens(layout), self._class_tokens(layout, class_embeds)
-        described = self.weight_tokenizer.describe(layout, classes).to(self.vqvae.dtype)
-        return described.expand(len(class_embeds), -1, -1), F.pad(
-            class_embeds[:, :classes].cpu().to(self.vqvae.dtype), (0, 0, body, 0)
-        )
+        names = F.pad(class_embeds[:, :classes].cpu().to(dtype), (0, 0, body, 0))[:, pieces.token]
+        return pieces.describe().to(dtype).expand(count, -1, -1), names, pieces.of_class.expand(count, -1)
 
     def _class_tokens(self, layout: int, class_embeds: Tensor) -> int:
         """A network whose head is too wide for class tokens has none."""

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.modeling_igpg import CONDITIONS
-from ..models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEOutput, perplexity
+from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
+from ..weights.pieces import Pieces
 from ..weights.tokenization import WeightTokenizer
 from .batches import FEW_CLASSES, PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
@@ -24,28 +25,40 @@ COLDEST = 0.3  # temperature of codes at the end, from 1: colder ones keep accid
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
+LARGEST = 96  # scalars that the codes of one place stand for
 PARTS = 0.25  # share of the prior's steps that read networks from some token on, as parts of long ones are written
 UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it has the descriptions of its tokens
 
 
-def of_layout(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor) -> dict:
+def class_parts(token_size: int) -> int:
+    """Into how many pieces a token is cut: the fewest that are alike and of at most [`LARGEST`] scalars."""
+    return next(parts for parts in range(-(-token_size // LARGEST), token_size + 1) if token_size % parts == 0)
+
+
+def of_layout(
+    zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor, size: int
+) -> tuple[Pieces, dict[str, Tensor]]:
     """
-    What the autoencoder reads of rows of one layout: as many class tokens as the widest of them has.
+    What the autoencoder reads of rows of one layout: pieces, with as many class tokens as the widest of them has.
 
     Args:
         names (`torch.FloatTensor` of shape `(b, C, E)`): Embeddings of class names.
+        size: Scalars of a piece.
     """
     classes = zoo.class_mask[zoo.task_of[rows]]  # (b, C)
-    most = int(classes.sum(1).max())
+    most = int(classes.sum(1).max()) if tokenizer.layouts[layout].head else 0
     classes, names = classes[:, :most], names[:, :most]
-    body = tokenizer.num_body_tokens(layout)
-    described = tokenizer.describe(layout, most)
-    return {
-        "weight_tokens": tokenizer.own_tokens(zoo.weight_tokens[rows], layout)[:, : body + most],
-        "padding_mask": tokenizer.own_tokens(zoo.padding_mask[rows], layout)[:, : body + most],
-        "descriptors": described.expand(len(rows), -1, -1),
-        "name_embeds": F.pad(names * classes[..., None], (0, 0, body, 0)),
-        "is_class": F.pad(classes, (body, 0)),
+    body, pieces = tokenizer.num_body_tokens(layout), Pieces(tokenizer, layout, most, size)
+    tokens, mask = (
+        pieces.cut(tokenizer.own_tokens(part[rows], layout)[:, : body + most])
+        for part in (zoo.weight_tokens, zoo.padding_mask)
+    )
+    return pieces, {
+        "weight_tokens": tokens,
+        "padding_mask": mask,
+        "descriptors": pieces.describe().expand(len(rows), -1, -1),
+        "name_embeds": F.pad(names * classes[..., None], (0, 0, body, 0))[:, pieces.token],
+        "class_parts": pieces.of_class * mask.any(-1),
     }
 
 
@@ -97,17 +110,21 @@ class VQVAELoss:
         self._revive(random)
         rows, temperature = zoo.draw_rows(random), COLDEST ** (random.step / max(1, self.steps - 1))
         names = zoo.names(zoo.task_of[rows], random)
-        wide = torch.zeros(len(rows), zoo.weight_tokens.shape[1], config.token_size)
+        wide = torch.zeros(len(rows), *zoo.weight_tokens.shape[1:])
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
-        longest = max(tokenizer.num_body_tokens(k) for k, _ in by_layout(zoo, rows)) + zoo.class_mask.shape[1]
+        groups = [
+            (layout, own, *of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size))
+            for layout, own in by_layout(zoo, rows)
+        ]
+        longest = max(len(pieces) for *_, pieces, _ in groups)
         uniform = random.uniform(longest, config.codes_per_token, config.num_codes, purpose=70)
-        for layout, own in by_layout(zoo, rows):
-            data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
-            output = model(**data, temperature=temperature, uniform=uniform[own, : data["weight_tokens"].shape[1]])
+        for layout, own, pieces, data in groups:
+            output = model(**data, temperature=temperature, uniform=uniform[own, : len(pieces)])
             share = len(own) / len(rows)
             loss = loss + share * (output.loss + (self.reconstruction_weight - 1) * output.reconstruction_loss)
             if self.function_loss is not None:
-                wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, output)), output.weight_tokens)
+                tokens = pieces.join(output.weight_tokens)
+                wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, tokens)), tokens)
             counts, asked = counts + self.vqvae.counts(output.codes), [*asked, output.residuals]
         self.usage = MEMORY * self.usage + (1 - MEMORY) * self.gather(counts[None]).sum(0)
         self.asked = torch.cat(asked, 1)
@@ -132,23 +149,29 @@ def encode_zoo(
     vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Codes `(R, L, R)` of all rows, with -1 on padding, and what they decode to side by side `(R, T + C, S)`."""
-    names = torch.stack([embeds[0] for embeds in zoo.class_embeds])
-    longest = max(tokenizer.num_body_tokens(k) for k in zoo.layout_of.unique().tolist()) + zoo.class_mask.shape[1]
-    codes = torch.full((len(zoo), longest, vqvae.config.codes_per_token), -1)
-    wide = torch.zeros(len(zoo), zoo.weight_tokens.shape[1], vqvae.config.token_size)
+    names, found, wide = (
+        torch.stack([embeds[0] for embeds in zoo.class_embeds]),
+        [],
+        torch.zeros_like(zoo.weight_tokens),
+    )
     for rows in torch.arange(len(zoo)).split(batch_size):
         for layout, own in by_layout(zoo, rows):
-            data = of_layout(zoo, tokenizer, rows[own], layout, names[zoo.task_of[rows[own]]])
+            own = rows[own]
+            pieces, data = of_layout(zoo, tokenizer, own, layout, names[zoo.task_of[own]], vqvae.config.token_size)
             output = vqvae(**data)
-            codes[rows[own], : output.codes.shape[1]] = output.codes
-            wide[rows[own, None], _side_by_side(tokenizer, layout, output)] = output.weight_tokens
+            tokens = pieces.join(output.weight_tokens)
+            wide[own[:, None], _side_by_side(tokenizer, layout, tokens)] = tokens
+            found.append((own, output.codes))
+    codes = torch.full((len(zoo), max(own.shape[1] for _, own in found), vqvae.config.codes_per_token), -1)
+    for rows, own in found:
+        codes[rows, : own.shape[1]] = own
     return codes, wide
 
 
-def _side_by_side(tokenizer: WeightTokenizer, layout: int, output: WeightVQVAEOutput) -> Tensor:
-    """Where tokens of a layout are among the tokens of all layouts, which stand in front of those of classes."""
+def _side_by_side(tokenizer: WeightTokenizer, layout: int, tokens: Tensor) -> Tensor:
+    """Where tokens `(b, N_k + C, S)` of a layout are among those of all layouts, which stand in front of those of classes."""
     body, T = tokenizer.num_body_tokens(layout), tokenizer.num_all_body_tokens
-    start, classes = tokenizer.places(layout).start, output.weight_tokens.shape[1] - body
+    start, classes = tokenizer.places(layout).start, tokens.shape[1] - body
     return torch.cat([torch.arange(start, start + body), torch.arange(T, T + classes)])
 
 
@@ -164,6 +187,7 @@ def prior_loss(
     zoo: ZooTensors,
     tokenizer: WeightTokenizer,
     random: StepRandom,
+    size: int,
     architecture_embeds: Tensor | None = None,
     shown: ZooTensors | None = None,
 ) -> Tensor:
@@ -172,6 +196,7 @@ def prior_loss(
 
     Args:
         codes (`torch.LongTensor` of shape `(R, L, R)`): See [`encode_zoo`].
+        size: Scalars of a piece, which has the codes of one place.
         architecture_embeds (`torch.FloatTensor` of shape `(tasks, E)`, *optional*): Of each task its architecture in words; left
             out now and then.
         shown: See [`shown_datasets`].
@@ -192,8 +217,8 @@ def prior_loss(
     total, count = torch.zeros(()), 0
     where = random.shared_integers(1000, 2, purpose=82) / 1000
     for layout, own in by_layout(zoo, rows):
-        data = of_layout(zoo, tokenizer, rows[own], layout, names[own])
-        written = codes[rows[own], : data["weight_tokens"].shape[1]]
+        pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], size)
+        written = codes[rows[own], : len(pieces)]
         described = {name: data[name] for name in ("descriptors", "name_embeds")}
         shortest = (written[..., 0] >= 0).sum(1).min()
         start = int(where[1] * shortest) if where[0] < PARTS else 0

@@ -18,6 +18,7 @@ from .layout import TensorSpec
 
 SIZE = 64  # D
 WAVES = 8  # of a position; the longest is some 100,000 long
+PART = slice(SIZE - 8, SIZE - 4)  # of a description: which part of a token, where tokens are cut further
 KINDS = ("weight of a convolution", "weight of a linear layer", "vector", "bias", "lora_A", "lora_B", "other", "class")
 
 
@@ -42,6 +43,22 @@ def describe(cutting: Cutting, num_classes: int) -> Tensor:
     described[: len(known), : known.shape[1]] = known
     described[len(known) :, KINDS.index("class")] = 1
     described[:, -1] = math.log10(max(1, cutting.num_body)) - 2  # how large the network is
+    return described
+
+
+def describe_parts(described: Tensor, part: Tensor, parts: int) -> Tensor:
+    """
+    Args:
+        described (`torch.FloatTensor` of shape `(n, D)`): Of the token that each piece belongs to.
+        part (`torch.LongTensor` of shape `(n,)`): Which part of it the piece is, from 0 to `parts - 1`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(n, D)`; unchanged where a token is one piece.
+    """
+    if parts == 1:
+        return described
+    described = described.clone()
+    described[:, PART] = _shares(part, parts)
     return described
 
 

@@ -1,0 +1,74 @@
+"""Weight tokens cut further, for generators that write them piece by piece: one token holds a whole row of a head, which in a
+zoo of small and of wide networks is far more than the other tensors of the small ones have.
+
+Notation: L tokens of a network, S scalars per token, n pieces, s scalars per piece, B networks, D size of a description.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .descriptors import describe_parts
+from .layout import LayoutMismatchError
+from .tokenization import WeightTokenizer
+
+
+class Pieces:
+    """
+    The pieces of the tokens of one layout: of each token those that hold a scalar, in order.
+
+    Args:
+        num_classes: Class tokens of the network.
+        size: s, of which S is a multiple.
+
+    Attributes:
+        token, part (`torch.LongTensor` of shape `(n,)`): Each piece's token, and which part of it.
+        of_class (`torch.LongTensor` of shape `(n,)`): 1 + `part` on pieces of class tokens, 0 on others.
+
+    Raises:
+        LayoutMismatchError: If tokens do not divide into pieces.
+    """
+
+    def __init__(self, tokenizer: WeightTokenizer, layout: int, num_classes: int, size: int):
+        if tokenizer.token_size % size:
+            raise LayoutMismatchError(f"Tokens of {tokenizer.token_size} scalars do not divide into pieces of {size}.")
+        self.parts, self.size = tokenizer.token_size // size, size
+        known = tokenizer.template([layout], [num_classes])
+        self.num_tokens = len(known["is_class"][0])
+        self.token, self.part = self._split(known["padding_mask"])[0].any(-1).nonzero().unbind(1)
+        self.of_class = (1 + self.part) * known["is_class"][0, self.token]
+        self._described = tokenizer.describe(layout, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.parts, self.size))
+
+    def describe(self) -> Tensor:
+        """What each piece is, `(n, D)`: what its token is, and which part of it."""
+        return describe_parts(self._described[self.token], self.part, self.parts)
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """`(B, L, S)` to `(B, n, s)`."""
+        return self._split(tokens)[:, self.token, self.part]
+
+    def join(self, pieces: Tensor) -> Tensor:
+        """Inverse of `cut`, with zeros where no piece is."""
+        whole = pieces.new_zeros(len(pieces), self.num_tokens, self.parts, self.size)
+        every = torch.arange(len(pieces))[:, None]
+        return whole.index_put((every, self.token, self.part), pieces).flatten(2)
+
+    def join_stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Tokens `(m, S)` of one network, as soon as all their pieces have come, in windows `(m, s)` one after another."""
+        done, waiting = 0, torch.zeros(0, self.size)
+        for window in windows:
+            waiting = torch.cat([waiting, window])
+            end = done + len(waiting)
+            complete = int(torch.searchsorted(self.token, self.token[end])) if end < len(self) else len(self)
+            if complete > done:
+                token = self.token[done:complete] - self.token[done]
+                whole = waiting.new_zeros(int(token[-1]) + 1, self.parts, self.size)
+                yield whole.index_put((token, self.part[done:complete]), waiting[: complete - done]).flatten(1)
+                done, waiting = complete, waiting[complete - done :]
