@@ -2,7 +2,7 @@
 
 accelerate launch examples/train_igpg.py                               # small nets on digits, minutes, no network
 accelerate launch examples/train_igpg.py --zoo PATH_OR_ID              # networks on images, or LoRA adapters
-accelerate launch examples/train_igpg.py --zoo PATH_OR_ID PATH_OR_ID   # networks on images in several architectures
+accelerate launch examples/train_igpg.py --zoo PATH_OR_ID PATH_OR_ID   # several of them in one generator
 """
 
 import argparse
@@ -19,12 +19,16 @@ from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
 from hf_weightgen.pipelines.pipeline_igpg import IGPGPipeline
 from hf_weightgen.targets.base_models import MINILM, PACKAGED, load_encoder
-from hf_weightgen.targets.image_encoders import MOBILENET
+from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
 from hf_weightgen.training.igpg import VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
+from hf_weightgen.training.image_source import image_source
+from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.sources import Source, text_source
+from hf_weightgen.zoo.folder import load_zoo
 from train_d2nwg import figures, judged, load_source
 
 
@@ -60,7 +64,7 @@ def main():
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     encoder = load_encoder(MINILM)
-    source = load_source(args, encoder, accelerator.mixed_precision == "bf16")
+    source = load_sources(args, encoder, accelerator.mixed_precision == "bf16")
     tokenizer, held_out = source.tokenizer, source.held_out
     accelerator.print(f"zoo: {len(source.train)} rows to train on, {len(held_out)} held out")
 
@@ -83,14 +87,15 @@ def main():
     fit_codes(args.vqvae_steps, "vqvae", source.function_loss, 1.0)
     dataset_encoder = None
     if source.features is not None:
-        of_rows = vqvae.embed_codes(encode_zoo(vqvae, source.train, tokenizer)[0]).detach().mean(1)
+        shown = source.shown
+        of_rows = vqvae.embed_codes(encode_zoo(vqvae, shown, tokenizer)[0]).detach().mean(1)
         latents = (of_rows - of_rows.mean(0)) / of_rows.std(0).clamp(min=1e-4)
         sizes = {"feature_size": source.features[0].shape[-1], "latent_size": latents.shape[1]}
         dataset_encoder = DatasetEncoder(DatasetEncoderConfig(**sizes, num_classes=source.features[0].shape[0]))
         train(
             accelerator,
             dataset_encoder,
-            lambda m, r: dataset_loss(m, source.features, latents, source.train, r),
+            lambda m, r: dataset_loss(m, source.features, latents, shown, r),
             loop(args.dataset_steps, train_batch_size=16),
             "dataset-encoder",
         )
@@ -104,15 +109,15 @@ def main():
     gate, skipped = judged(args, accelerator, source, encode_zoo(vqvae.eval(), held_out, tokenizer)[1])
 
     # Stage 2: the prior over codes
-    targets = source.targets or [{**source.target, "layout": 0}] * len(source.train.tasks)
-    in_text = encoder.embed([in_words(target) for target in targets])
+    targets = source.targets or [source.target]
+    in_text = encoder.embed([in_words(target) for target in targets])[source.targets_of_tasks]
     of_zoo, _ = encode_zoo(vqvae, source.train, tokenizer)
-    shown = shown_datasets(source.train) if dataset_encoder is not None else None
+    datasets = shown_datasets(source.shown) if dataset_encoder is not None else None
     prior = IGPGPrior(IGPGConfig(**codes))
     train(
         accelerator,
         prior,
-        lambda m, r: prior_loss(m, of_zoo, texts, tokenizer, r, vqvae.config.token_size, in_text, shown),
+        lambda m, r: prior_loss(m, of_zoo, texts, tokenizer, r, vqvae.config.token_size, in_text, datasets),
         loop(args.max_train_steps, ema_decay=args.ema_decay),
         "prior",
     )
@@ -147,7 +152,7 @@ def main():
     write_card(
         folder,
         "generator",
-        base_model=source.target.get("base_model"),
+        base_model=next((target["base_model"] for target in targets if "base_model" in target), None),
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         command="accelerate launch examples/train_igpg.py"
@@ -163,6 +168,19 @@ def main():
     )
     print(json.dumps({name: report[name] for name in ("codes", "tasks")}, indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
+
+
+def load_sources(args, encoder, bf16: bool) -> Source:
+    """What training needs of all zoos: those of networks on images are one source, one of adapters is another."""
+    adapters = [zoo for zoo in args.zoo or () if "base_model" in load_zoo(zoo)[0]["arch"]]
+    networks = [zoo for zoo in args.zoo or () if zoo not in adapters]
+    if len(adapters) > 1:
+        raise SystemExit(f"--zoo: one zoo of adapters trains a generator, got {adapters}.")
+    if not adapters or not networks:
+        return load_source(args, encoder, bf16)
+    texts = text_source(encoder, adapters[0], args.data_root, bf16)
+    seen = load_image_encoder(args.image_encoder)
+    return joined([image_source(encoder, seen, networks, args.data_root, texts.tokenizer.token_size), texts])
 
 
 def sizes_of_codes(source, codes: torch.Tensor, num_codes: int) -> dict:

@@ -122,6 +122,25 @@ class ZooTensors:
     def __len__(self) -> int:
         return len(self.weight_tokens)
 
+    def first_tasks(self, count: int) -> "ZooTensors":
+        """The rows of the first tasks, with as many classes as these have."""
+        if count == len(self.tasks):
+            return self
+        rows, mask = self.task_of < count, self.class_mask[:count]
+        C = int(mask.sum(1).max())
+        body = self.weight_tokens.shape[1] - self.class_mask.shape[1]
+        return ZooTensors(
+            self.weight_tokens[rows, : body + C],
+            self.padding_mask[rows, : body + C],
+            self.task_of[rows],
+            self.tasks[:count],
+            [embeds[:, :C] for embeds in self.class_embeds[:count]],
+            mask[:, :C],
+            self.prompt_embeds[:count],
+            self.families[:count],
+            self.layout_of[rows],
+        )
+
     @property
     def prompted_tasks(self) -> list[str]:
         """The tasks that prompts ask for: all but the shared start."""

@@ -6,7 +6,7 @@ themselves, see [`~training.objectives.vae_loss`].
 Notation: R rows of a zoo; b rows of a step; L tokens of a network, body and classes; S scalars per token; E of an embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -74,7 +74,7 @@ class VQVAELoss:
 
     Args:
         steps: Over which the temperature falls.
-        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`].
+        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each layout.
         gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
     """
 
@@ -85,7 +85,7 @@ class VQVAELoss:
         tokenizer: WeightTokenizer,
         steps: int,
         function_loss: Callable | None = None,
-        reconstruction_weight: float = 1.0,
+        reconstruction_weight: float | Sequence[float] = 1.0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ):
         self.vqvae, self.zoo, self.tokenizer, self.steps = vqvae, zoo, tokenizer, steps
@@ -120,8 +120,9 @@ class VQVAELoss:
         uniform = random.uniform(longest, config.codes_per_token, config.num_codes, purpose=70)
         for layout, own, pieces, data in groups:
             output = model(**data, temperature=temperature, uniform=uniform[own, : len(pieces)])
-            share = len(own) / len(rows)
-            loss = loss + share * (output.loss + (self.reconstruction_weight - 1) * output.reconstruction_loss)
+            share, weight = len(own) / len(rows), self.reconstruction_weight
+            weight = weight if isinstance(weight, (int, float)) else weight[layout]
+            loss = loss + share * (output.loss + (weight - 1) * output.reconstruction_loss)
             if self.function_loss is not None:
                 tokens = pieces.join(output.weight_tokens)
                 wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, tokens)), tokens)
@@ -176,7 +177,7 @@ def _side_by_side(tokenizer: WeightTokenizer, layout: int, tokens: Tensor) -> Te
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:
-    """Of a zoo that is asked for by its datasets too, see [`with_datasets`], the part that datasets ask for."""
+    """Of a zoo that is asked for by its datasets too, see [`with_datasets`], what datasets ask for."""
     prompts, names = ([own[-DRAWS:] for own in embeds] for embeds in (zoo.prompt_embeds, zoo.class_embeds))
     return replace(zoo, prompt_embeds=prompts, class_embeds=names)
 
@@ -199,7 +200,7 @@ def prior_loss(
         size: Scalars of a piece, which has the codes of one place.
         architecture_embeds (`torch.FloatTensor` of shape `(tasks, E)`, *optional*): Of each task its architecture in words; left
             out now and then.
-        shown: See [`shown_datasets`].
+        shown: See [`shown_datasets`]; of the first tasks, where others have no dataset.
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
@@ -207,9 +208,11 @@ def prior_loss(
     conditions[:, 0], names = zoo.prompts(tasks, random), zoo.names(tasks, random)
     if shown is not None:
         conditions[:, 1], of_classes = _one_dataset(shown, tasks, random)
-        kind = random.uniform(purpose=80) * 3  # below 1: instruction alone; below 2: dataset alone
+        # below 1: instruction alone; below 2: dataset alone
+        kind = random.uniform(purpose=80) * 3 * (tasks < len(shown.prompt_embeds))
         conditions[:, 0] *= ((kind < 1) | (kind >= 2))[:, None]
         conditions[:, 1] *= (kind >= 1)[:, None]
+        of_classes = F.pad(of_classes, (0, 0, 0, names.shape[1] - of_classes.shape[1]))
         names = torch.where((kind >= 1)[:, None, None], of_classes, names)
     if architecture_embeds is not None:
         told = random.uniform(purpose=81) > UNTOLD
@@ -229,10 +232,13 @@ def prior_loss(
 
 
 def _one_dataset(shown: ZooTensors, tasks: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
-    """Of each task one draw of its dataset, with noise `(b, E)`, and the classes of that draw `(b, C, E)`."""
+    """
+    Of each task one draw of its dataset, with noise `(b, E)`, and the classes of that draw `(b, C, E)`; of one that has none those
+    of another.
+    """
     picked = [
         (shown.prompt_embeds[t][k], shown.class_embeds[t][k])
-        for t, u in zip(tasks.tolist(), random.uniform(purpose=90).tolist(), strict=True)
+        for t, u in zip((tasks % len(shown.prompt_embeds)).tolist(), random.uniform(purpose=90).tolist(), strict=True)
         for k in [int(u * len(shown.prompt_embeds[t]))]
     ]
     of_dataset, of_classes = (torch.stack(part) for part in zip(*picked, strict=True))

@@ -73,7 +73,13 @@ class Networks:
         return sum(tensor.numel() for tensor in self.weights["train"][0].values())
 
 
-def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str], data_root: str | None) -> Source:
+def image_source(
+    encoder: TextEncoder,
+    images: ImageEncoder,
+    zoos: Sequence[str],
+    data_root: str | None,
+    token_size: int = TOKEN_SIZE,
+) -> Source:
     """
     Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
 
@@ -85,6 +91,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
     Args:
         images: Sees the examples of a dataset.
         zoos: Folders or Hub ids; where several have a task, the architecture of the first one is the default.
+        token_size: Scalars of a token; more where a class needs them.
 
     Raises:
         ValueError: If a zoo has no networks on images, or two zoos have the same task in the same architecture.
@@ -104,7 +111,7 @@ def image_source(encoder: TextEncoder, images: ImageEncoder, zoos: Sequence[str]
 
     weights = {part: [row for pair in pairs for row in pair.weights[part]] for part in PARTS}
     widest = max(one[HEAD[0]].shape[1] for one in weights["train"]) + 1  # a class's row of the head is one token
-    tokenizer = WeightTokenizer.fit(weights["train"], token_size=max(TOKEN_SIZE, widest), head=HEAD)
+    tokenizer = WeightTokenizer.fit(weights["train"], token_size=max(token_size, widest), head=HEAD)
     prompts = {spec.name: encoder.embed(spec.prompts) for spec in specs}
     labels = {
         spec.name: torch.stack([encoder.embed(wording) for wording in spec.wordings]) for spec in specs

@@ -3,7 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.architectures import HEAD
 from ..targets.base_models import MINILM, TextEncoder, load_classifier, load_tokenizer, pack_embeddings
 from ..targets.functional import BIAS, SMALL_BUCKET, WEIGHT, AdapterTarget, Bucket
-from ..targets.mixed import target_numbers
 from ..targets.stacked import stacked_logits
 from ..targets.tasks import get_task
 from ..weights.lora import canonicalize, center_head
@@ -45,17 +44,19 @@ class Source:
         train, held_out: The rows, see [`ZooTensors`]; what has several architectures is a task of its own for each.
         runs: per task of `train`, one row number per independent run.
         vae_steps: Steps of the autoencoder with `function_loss`, see [`~training.objectives.vae_loss`].
-        task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does, and the weight of
-            weight-space error in them.
+        task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does; task_reconstruction:
+            the weight of weight-space error in them, or one for each layout.
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
         thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
-        targets: All targets, where the zoo has several: that of each task of `train`; `target` is the first of them.
+        targets: All targets, where the zoo has several; `target` is the first of them.
+        target_of: The number of each task's target. Default: with `targets`, each task has one of its own.
         accuracies: `(R,)`, of the rows of `train` on validation data, NaN where it was not measured.
         validate: As `score` on validation data; absent where that takes too long for hundreds of networks.
-        features: Per task `(C, pool, F)`: examples of its classes as `image_encoder` sees them, for a dataset encoder.
+        features: Per task `(C, pool, F)`: examples of its classes as `image_encoder` sees them, for a dataset encoder; of the first
+            tasks, where others have none.
     """
 
     tokenizer: WeightTokenizer
@@ -72,17 +73,24 @@ class Source:
     function_loss: Callable | None = None
     task_steps: int = 0
     task_loss: Callable | None = None
-    task_reconstruction: float = 1.0
+    task_reconstruction: float | list[float] = 1.0
     task_learning_rate: float = 3e-4
     name_projection: tuple[Tensor, Tensor] | None = None
     majority: dict[str, tuple[float, int]] = field(default_factory=dict)
     zoo_scores: dict[str, float] = field(default_factory=dict)
     samples: int = 20
     targets: list[dict] | None = None
+    target_of: list[int] | None = None
     features: list[Tensor] | None = None
     image_encoder: dict | None = None
     accuracies: Tensor | None = None
     validate: Callable[[Sequence[Mapping[str, Tensor]], str], Tensor] | None = None
+
+    @property
+    def targets_of_tasks(self) -> list[int]:
+        """The number of each task's target."""
+        count = len(self.train.tasks)
+        return self.target_of or (list(range(count)) if self.targets else [0] * count)
 
     def initialise(self, vae: WeightVAE) -> None:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""
@@ -106,22 +114,40 @@ class Source:
 
     def add_datasets(self, encoder: DatasetEncoder, seed: int) -> None:
         """From now on a task is asked for by its dataset too, see [`with_datasets`]."""
-        prompts = self.train.prompt_embeds
-        self.train = with_datasets(self.train, encoder, self.features, seed)
-        kinds = [(own, both[-DRAWS:]) for own, both in zip(prompts, self.train.prompt_embeds, strict=True)]
-        firsts = [target_numbers(task)[0] for task in self.known_tasks]
+        prompts, classes = self.train.prompt_embeds, self.train.class_mask.shape[1]
+        shown = with_datasets(self.shown, encoder, self.features, seed)
+        kinds = [(own, both[-DRAWS:]) for own, both in zip(prompts, shown.prompt_embeds, strict=False)]
+        kinds += [(own,) for own in prompts[len(kinds) :]]
+        names = [F.pad(own, (0, 0, 0, classes - own.shape[1])) for own in shown.class_embeds]
+        self.train = replace(
+            self.train,
+            prompt_embeds=[*shown.prompt_embeds, *prompts[len(names) :]],
+            class_embeds=[*names, *self.train.class_embeds[len(names) :]],
+        )
+        firsts = [next(t for t in range(len(kinds)) if self._is_of(t, task)) for task in self.known_tasks]
         self.known_tasks, self.thresholds = known_tasks(self.known_tasks, [kinds[t] for t in firsts])
+
+    @property
+    def shown(self) -> ZooTensors:
+        """The rows of tasks of which there are `features`."""
+        return self.train.first_tasks(len(self.features))
+
+    def _is_of(self, number: int, known: Mapping) -> bool:
+        """Whether a task of `train` is a known task, in one of its architectures."""
+        return known["name"] == self.train.tasks[number] or self.targets_of_tasks[number] in known.get("targets", ())
 
     def asked_for(self, task: str) -> dict:
         """What a call of the pipeline says of a task of `train` beside its condition: `labels`, and its `architecture` where
         the known task has several."""
         number = self.train.tasks.index(task)
-        known = next(k for k in self.known_tasks if k["name"] == task or number in k.get("targets", ()))
+        known = next(k for k in self.known_tasks if self._is_of(number, k))
         asked = {"labels": list(known["labels"])}
-        return asked | ({"architecture": self.targets[number]["name"]} if "targets" in known else {})
+        return asked | (
+            {"architecture": self.targets[self.targets_of_tasks[number]]["name"]} if "targets" in known else {}
+        )
 
     def _scale(self, name: str) -> tuple[float, float]:
-        entry = next(e for e in self.tokenizer.to_dict()["layouts"][0] if e["name"] == name)
+        entry = next(e for layout in self.tokenizer.to_dict()["layouts"] for e in layout if e["name"] == name)
         return entry["mean"], entry["std"]
 
     def state_dicts(self, zoo: ZooTensors, tokens: Tensor) -> list[dict[str, Tensor]]:

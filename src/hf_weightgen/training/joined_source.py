@@ -1,0 +1,183 @@
+"""Zoos of different kinds as one: adapters for a text encoder beside networks on images, for one generator of all.
+
+Notation: T body tokens of all layouts side by side, C classes (padded), S scalars per token, of one source or of all.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..targets.mixed import target_numbers
+from ..weights.tokenization import WeightTokenizer
+from .batches import StepRandom, ZooTensors
+from .sources import Source
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """
+    Sources with tokens of one size as one. Where one of them asks decoded networks, the others' rows pass by; weight-space error
+    counts in each layout as its source has it.
+
+    Args:
+        sources: Those with examples of datasets first; the last one alone may have a shared start.
+
+    Raises:
+        ValueError: If token sizes differ, two sources have the same task, or the order is another.
+    """
+    sizes = [source.tokenizer.token_size for source in sources]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"Sources must have tokens of one size, got {sizes}.")
+    names = [task for source in sources for task in source.train.tasks]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two sources have the task {twice!r}; leave one of them out.")
+    if any(source.train.start is not None for source in sources[:-1]):
+        raise ValueError("A source with a shared start must be the last one.")
+    shown = [source.features is not None for source in sources]
+    if shown != sorted(shown, reverse=True):
+        raise ValueError("Sources with examples of datasets must be in front of those without.")
+    tokenizer = WeightTokenizer(sizes[0], [layout for s in sources for layout in s.tokenizer.to_dict()["layouts"]])
+    parts = _parts(sources)
+    targets, target_of, known = _targets(sources, parts)
+    train = _rows([source.train for source in sources], parts)
+
+    def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
+        return next(source for source in sources if task in source.train.tasks).score(state_dicts, task)
+
+    return replace(
+        sources[0],
+        tokenizer=tokenizer,
+        train=train,
+        held_out=_rows([source.held_out for source in sources], parts),
+        runs=[[part.row + r for r in run] for s, part in zip(sources, parts, strict=True) for run in s.runs],
+        target=targets[0],
+        targets=targets,
+        target_of=target_of,
+        known_tasks=known,
+        thresholds={name: min(source.thresholds[name] for source in sources) for name in sources[0].thresholds},
+        score=score,
+        validate=None,
+        accuracies=None,
+        vae_steps=max(source.vae_steps for source in sources),
+        task_steps=max(source.task_steps for source in sources),
+        max_train_steps=max(source.max_train_steps for source in sources),
+        function_loss=_Dispatched.of([source.function_loss for source in sources], parts, train),
+        task_loss=_Dispatched.of([source.task_loss for source in sources], parts, train),
+        task_reconstruction=[weight for s in sources for weight in [s.task_reconstruction] * len(s.tokenizer.layouts)],
+        task_learning_rate=min(source.task_learning_rate for source in sources),
+        name_projection=next((s.name_projection for s in sources if s.name_projection is not None), None),
+        majority={task: share for source in sources for task, share in source.majority.items()},
+        zoo_scores={task: mean for source in sources for task, mean in source.zoo_scores.items()},
+        samples=min(source.samples for source in sources),
+        features=[own for source in sources for own in source.features or ()] or None,
+        image_encoder=next((s.image_encoder for s in sources if s.image_encoder is not None), None),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What of the joined zoo comes in front of a source's, and how much of it is the source's own."""
+
+    row: int
+    task: int
+    layout: int
+    token: int
+    tokens: int
+    all_tokens: int  # of all sources
+    classes: int  # of this source
+    all_classes: int
+
+    def widened(self, tokens: Tensor) -> Tensor:
+        """Side by side `(R, T + C, ...)`, from this source's places to those of all."""
+        body, classes = tokens[:, : self.tokens], tokens[:, self.tokens :]
+        wide = tokens.new_zeros(len(tokens), self.all_tokens + self.all_classes, *tokens.shape[2:])
+        wide[:, self.token : self.token + self.tokens] = body
+        wide[:, self.all_tokens : self.all_tokens + classes.shape[1]] = classes
+        return wide
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Inverse of `widened`."""
+        body, classes = tokens[:, self.token : self.token + self.tokens], tokens[:, self.all_tokens :]
+        return torch.cat([body, classes[:, : self.classes]], 1)
+
+
+def _parts(sources: Sequence[Source]) -> list[_Part]:
+    def starts(sizes: Sequence[int]) -> list[int]:
+        return [0, *itertools.accumulate(sizes)]
+
+    tokens = [source.tokenizer.num_all_body_tokens for source in sources]
+    classes = [source.train.class_mask.shape[1] for source in sources]
+    places = zip(
+        starts([len(source.train) for source in sources]),
+        starts([len(source.train.tasks) for source in sources]),
+        starts([len(source.tokenizer.layouts) for source in sources]),
+        starts(tokens),
+        strict=True,
+    )
+    sizes = zip(tokens, classes, strict=True)
+    return [
+        _Part(*place, count, sum(tokens), own, max(classes))
+        for place, (count, own) in zip(places, sizes, strict=False)
+    ]
+
+
+def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
+    first, pairs = parts[0], list(zip(zoos, parts, strict=True))
+
+    def padded(tensor: Tensor, axis_from_last: int) -> Tensor:
+        missing = first.all_classes - tensor.shape[-1 - axis_from_last]
+        return F.pad(tensor, (0, 0) * axis_from_last + (0, missing))
+
+    *_, (last, part) = pairs
+    return ZooTensors(
+        torch.cat([part.widened(zoo.weight_tokens) for zoo, part in pairs]),
+        torch.cat([part.widened(zoo.padding_mask) for zoo, part in pairs]),
+        torch.cat([part.task + zoo.task_of for zoo, part in pairs]),
+        [task for zoo in zoos for task in zoo.tasks],
+        [padded(embeds, 1) for zoo in zoos for embeds in zoo.class_embeds],
+        torch.cat([padded(zoo.class_mask, 0) for zoo in zoos]),
+        [embeds for zoo in zoos for embeds in zoo.prompt_embeds],
+        [family for zoo in zoos for family in zoo.families],
+        torch.cat([part.layout + zoo.layout_of for zoo, part in pairs]),
+        None if last.start is None else part.row + last.start,
+    )
+
+
+def _targets(sources: Sequence[Source], parts: Sequence[_Part]) -> tuple[list[dict], list[int], list[dict]]:
+    """All targets, the number of that of each task, and known tasks with the numbers of theirs."""
+    targets, target_of, known = [], [], []
+    for source, part in zip(sources, parts, strict=True):
+        before = len(targets)
+        own = source.targets or [{"layout": 0, **source.target}]
+        targets += [{**target, "layout": part.layout + target["layout"]} for target in own]
+        target_of += [before + number for number in source.targets_of_tasks]
+        for task in source.known_tasks:
+            numbers = [before + number for number in target_numbers(task)]
+            rest = {name: value for name, value in task.items() if name not in ("target", "targets")}
+            known.append(rest | ({"target": numbers[0]} if len(numbers) == 1 else {"targets": numbers}))
+    return targets, target_of, known
+
+
+class _Dispatched:
+    """The loss of each source on its own rows of a batch: a mean over all of them."""
+
+    def __init__(self, losses: Sequence[Callable | None], parts: Sequence[_Part], zoo: ZooTensors):
+        self.losses, self.parts, self.zoo = losses, parts, zoo
+
+    @classmethod
+    def of(cls, losses: Sequence[Callable | None], *rest) -> "_Dispatched | None":
+        return cls(losses, *rest) if any(losses) else None
+
+    def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
+        """See [`~training.objectives.vae_loss`]."""
+        total, ends = tokens.new_zeros(()), [part.row for part in self.parts[1:]] + [len(self.zoo)]
+        for loss, part, end in zip(self.losses, self.parts, ends, strict=True):
+            rows = (index >= part.row) & (index < end)
+            if loss is not None and rows.any():
+                own = loss(part.own(tokens[rows]), part.own(truth[rows]), index[rows] - part.row, random)
+                total = total + own * rows.sum() / len(index)
+        return total

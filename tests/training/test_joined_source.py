@@ -1,0 +1,172 @@
+"""Sources as one: every row is the network that it was, and every loss and score is asked about its own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.targets.functional import BIAS, WEIGHT
+from hf_weightgen.training.batches import FEW_CLASSES, StepRandom, ZooTensors
+from hf_weightgen.training.igpg import prior_loss, shown_datasets
+from hf_weightgen.training.joined_source import joined
+from hf_weightgen.training.sources import Source, known_tasks
+from hf_weightgen.weights.tokenization import WeightTokenizer
+from tiny import LORA, MINILM, adapter, random
+
+
+WIDE = FEW_CLASSES + 2
+TASKS = {"images": {"light": 3, "dark": 2}, "texts": {"film": 2, "bank": WIDE, "start": WIDE}}
+ROWS, SIZE = 3, 385
+NETWORKS = {"light": {"body": (5, 7)}, "dark": {"first": (4,), "second": (2, 9)}}
+
+
+def source_of(kind: str, steps: int) -> Source:
+    generator, weights, names = random(len(kind)), [], []
+    for number, (task, classes) in enumerate(TASKS[kind].items()):
+        for row in range(1 if task == "start" else ROWS):
+            names.append(task)
+            if kind == "texts":
+                weights.append(adapter(10 * number + row, classes=classes))
+            else:
+                shapes = NETWORKS[task] | {"head.weight": (classes, 8), "head.bias": (classes,)}
+                weights.append({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    head = (WEIGHT, BIAS) if kind == "texts" else ("head.weight", "head.bias")
+    tokenizer = WeightTokenizer.fit(weights, token_size=SIZE, head=head)
+    embeds = {
+        t: F.normalize(torch.randn(2, n, 384, generator=generator), dim=-1) for t, n in TASKS[kind].items()
+    }  # names in two wordings
+    prompts = {t: F.normalize(torch.randn(3, 384, generator=generator), dim=-1) for t in TASKS[kind]}
+    start = len(weights) - 1 if kind == "texts" else None
+    train = ZooTensors.of(tokenizer, weights, names, embeds, prompts, {t: t for t in prompts}, start)
+    known = [{"name": t, "labels": [str(i) for i in range(n)]} for t, n in TASKS[kind].items() if t != "start"]
+    known, thresholds = known_tasks(known, [[prompts[task["name"]]] for task in known])
+    targets, target = None, {"kind": "adapter", "base_model": MINILM, "lora": LORA}
+    if kind == "images":
+        layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(2)]
+        targets = [
+            {"kind": "network", "name": t, "config": {}, "layout": k} for t, k in zip(known, layouts, strict=True)
+        ]
+        target = targets[0]
+        known = [{**task, "target": number} for number, task in enumerate(known)]
+
+    def loss(tokens, truth, index, random):
+        assert torch.equal(truth, train.weight_tokens[index])
+        return ((tokens - truth).square().sum((1, 2)) * (1 + index)).mean() * steps
+
+    def score(state_dicts, task):
+        assert task in TASKS[kind]
+        return torch.full((len(state_dicts),), float(steps))
+
+    return Source(
+        tokenizer,
+        train,
+        train.first_tasks(2),
+        [(train.task_of == t).nonzero().flatten().tolist() for t in range(2)],
+        target,
+        known,
+        thresholds,
+        score,
+        steps,
+        steps,
+        task_steps=steps,
+        task_loss=loss,
+        task_reconstruction=0.1 * steps,
+        name_projection=(torch.ones(384, 384), torch.ones(384)) if kind == "texts" else None,
+        targets=targets,
+        features=[torch.randn(3, 5, 6, generator=generator) for _ in range(2)] if kind == "images" else None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Source]:
+    return [source_of("images", 5), source_of("texts", 7)]
+
+
+def test_rows_are_the_networks_that_they_were(parts):
+    whole, first = joined(parts), 0
+    assert whole.train.tasks == [task for tasks in TASKS.values() for task in tasks]
+    assert whole.train.prompted_tasks == whole.train.tasks[:-1]
+    assert whole.train.start == len(whole.train) - 1 and len(whole.train) == 4 * ROWS + 1
+    weights = whole.state_dicts(whole.train, whole.train.weight_tokens)
+    for part in parts:
+        before = part.state_dicts(part.train, part.train.weight_tokens)
+        for own, known in zip(weights[first : first + len(before)], before, strict=True):
+            assert own.keys() == known.keys() and all(torch.equal(own[name], known[name]) for name in known)
+        first += len(before)
+    assert torch.equal(whole.train.padding_mask.sum(), sum(part.train.padding_mask.sum() for part in parts))
+    assert [whole.train.tasks[int(whole.train.task_of[run[0]])] for run in whole.runs] == whole.train.tasks[:4]
+
+
+def test_targets_and_known_tasks_are_those_of_their_source(parts):
+    whole = joined(parts)
+    assert [target["kind"] for target in whole.targets] == ["network", "network", "adapter"]
+    assert whole.targets_of_tasks == [0, 1, 2, 2, 2]
+    assert [(task["name"], task["target"]) for task in whole.known_tasks] == [
+        ("light", 0),
+        ("dark", 1),
+        ("film", 2),
+        ("bank", 2),
+    ]
+    layouts = [whole.targets[number]["layout"] for number in whole.targets_of_tasks]
+    assert torch.equal(whole.train.layout_of, torch.tensor(layouts)[whole.train.task_of])
+    assert whole.asked_for("bank") == {"labels": [str(i) for i in range(WIDE)]}
+    assert whole.score([{}, {}], "film").tolist() == [7, 7] and whole.score([{}], "dark").tolist() == [5]
+
+
+def test_losses_are_asked_about_their_own_rows(parts):
+    whole, index = joined(parts), torch.tensor([0, 4, 8, 9, 2])
+    truth = whole.train.weight_tokens[index]
+    moved = (truth + whole.train.padding_mask[index] * 0.1).requires_grad_()
+    loss = whole.task_loss(moved, truth, index, None)
+    count = whole.train.padding_mask[index].sum((1, 2)) * 0.01
+    first = len(parts[0].train)
+    expected = sum(
+        count[i] * ((1 + row) * 5 if row < first else (1 + row - first) * 7) / len(index)
+        for i, row in enumerate(index.tolist())
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert torch.equal(moved.grad != 0, whole.train.padding_mask[index])
+    assert whole.function_loss is None and whole.task_steps == 7
+    assert whole.task_reconstruction == pytest.approx([0.5, 0.5, 0.7])
+
+
+def test_datasets_ask_for_the_tasks_that_have_them(parts):
+    torch.manual_seed(0)
+    config = DatasetEncoderConfig(feature_size=6, latent_size=4, hidden_size=16, num_classes=3, embedding_size=384)
+    whole, dataset_encoder = joined(parts), DatasetEncoder(config).eval()
+    texts = whole.train
+    assert whole.shown.tasks == list(TASKS["images"]) and whole.shown.class_mask.shape == (2, 3)
+    whole.add_datasets(dataset_encoder, 0)
+    lengths = [len(prompts) for prompts in whole.train.prompt_embeds]
+    assert lengths[0] == lengths[1] > 250 and lengths[2:] == [3, 3, 3]
+    assert {embeds.shape[1] for embeds in whole.train.class_embeds} == {WIDE}
+    assert [task["name"] for task in whole.known_tasks] == ["light", "dark", "film", "bank"]
+    shown = shown_datasets(whole.shown)
+    seen = []
+
+    def prior(codes, conditions, **rest):
+        seen.append((codes, conditions, rest["name_embeds"]))
+        return type("Output", (), {"loss": codes.sum() * 0.0})
+
+    codes = whole.train.task_of[:, None, None].expand(-1, 200, 1)
+    for step in range(20):
+        prior_loss(prior, codes, texts, whole.tokenizer, StepRandom(0, step, 16, slice(None)), SIZE, None, shown)
+    for codes, conditions, _ in seen:
+        of_texts = codes[:, 0, 0] >= 2
+        told = conditions.norm(dim=-1) > 0
+        assert told[of_texts, 0].all() and not told[of_texts, 1].any()
+        assert (told[:, 0] | told[:, 1]).all()
+    assert any((conditions[:, 1].norm(dim=-1) > 0).any() for _, conditions, _ in seen)
+
+
+def test_sources_that_do_not_fit_are_refused(parts):
+    images, texts = parts
+    with pytest.raises(ValueError, match="Two sources have the task 'light'"):
+        joined([images, images])
+    with pytest.raises(ValueError, match="shared start must be the last"):
+        joined([texts, images])
+    other = source_of("images", 5)
+    other.tokenizer = WeightTokenizer(64, other.tokenizer.to_dict()["layouts"])
+    with pytest.raises(ValueError, match=r"tokens of one size, got \[64, 385\]"):
+        joined([other, texts])
