@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hf_weightgen import WeightGenPipeline
+from hf_weightgen import WeightGenOutput, WeightGenPipeline
 from hf_weightgen.evaluation.generator import reconstruct_members
 from hf_weightgen.evaluation.network_table import METHODS, network_table
 from hf_weightgen.evaluation.table import format_table, write_results
@@ -189,11 +189,19 @@ def samples(
     pipe, data, spec, others, method: str, count: int, seed: int, architecture: str | None = None
 ) -> list[dict]:
     """`count` networks, each from five images a class of its own; for the controls from images that are not the task's."""
+    made = outputs(pipe, data, spec, others, method, count, seed, architecture)
+    return [weights for output in made for weights in output.weights]
+
+
+def outputs(
+    pipe, data, spec, others, method: str, count: int, seed: int, architecture: str | None = None
+) -> list[WeightGenOutput]:
+    """What the calls of [`samples`] return."""
     generator = torch.Generator().manual_seed(seed)
     names = list(spec.labels)
     if method == "generated_from_prompts":
         prompts = [spec.prompts[i % len(spec.prompts)] for i in range(count)]
-        return pipe(prompts, labels=names, generator=generator, architecture=architecture).weights
+        return [pipe(prompts, labels=names, generator=generator, architecture=architecture)]
     shown = spec
     if method == "generated_mismatched":
         channels = {s.name: data[s.name].train.pixels.shape[1] for s in (spec, *others)}
@@ -208,7 +216,7 @@ def samples(
             order = torch.randperm(len(names), generator=generator).tolist()
         picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
         dataset = {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
-        made += pipe(dataset=dataset, generator=generator, architecture=architecture).weights
+        made.append(pipe(dataset=dataset, generator=generator, architecture=architecture))
     return made
 
 
