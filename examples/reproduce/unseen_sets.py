@@ -58,7 +58,10 @@ def main():
             "kde": baselines.kde(aligned, args.n, draw),
             "generated": [output.weights[0] for output in made if output.tasks[0] == nearest],
         }
-        scaled = replace(data[spec.name], mean=target["config"]["image_mean"], std=target["config"]["image_std"])
+        read = load_images([spec], args.data_root, side, target["config"]["input_shape"][0])[
+            spec.name
+        ]  # grey, perhaps
+        scaled = replace(read, mean=target["config"]["image_mean"], std=target["config"]["image_std"])
         inputs, labels = scaled.inputs(scaled.test), scaled.test.labels
         for method, networks in methods.items():
             scores = 100 * (predict_networks(config, stack(networks), inputs) == labels).double().mean(1)

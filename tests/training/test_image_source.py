@@ -185,3 +185,11 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     rows = json.loads(out.read_text())["rows"]
     assert {row["epoch"] for row in rows if row["method"] == "generated"} == {0, 1, 5, 25, 50}
     assert out.with_suffix(".png").is_file()
+    unseen = "--generator", tmp_path / "run" / "pipeline", "--unseen", "colour", "--n", 2, "--out", out
+    run("reproduce/unseen_sets.py", *unseen)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["nearest"]) for row in rows] == [
+        (method, "grey") for method in ("random_init", "members", "kde", "generated")
+    ]
+    with pytest.raises(SystemExit, match="trained on 'grey'"):
+        run("reproduce/unseen_sets.py", *unseen[:3], "grey", *unseen[4:])
