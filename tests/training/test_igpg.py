@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
@@ -168,6 +171,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_codes(zoo, vqvae, tmp_path):
     resumed = run("stopped", None)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor)
+
+
+def test_two_processes_end_with_the_same_codes(tmp_path):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    script = Path(__file__).with_name("run_codes.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / f"{rank}-of-2.safetensors") for rank in range(2))
+    assert len(first) > 40 and all(torch.equal(second[name], value) for name, value in first.items())
+    assert all(value.isfinite().all() for value in first.values())
 
 
 @pytest.mark.slow

@@ -41,6 +41,12 @@ class StepRandom:
         """Uniform in [0, 1) of shape `(local batch, *shape)`."""
         return torch.rand(self.total, *shape, generator=self._generator(purpose))[self.rows]
 
+    def uniform_rows(self, lengths: Sequence[int], *shape: int, purpose: int = 9) -> list[Tensor]:
+        """Uniform in [0, 1) of shape `(length, *shape)` for each row of the local batch, whatever the lengths of others are."""
+        first, seed = self.rows.indices(self.total)[0], self._generator(purpose).initial_seed()
+        rows = (torch.Generator().manual_seed(seed * 4099 + first + i) for i in range(len(lengths)))
+        return [torch.rand(length, *shape, generator=own) for length, own in zip(lengths, rows, strict=True)]
+
     def integers(self, high: int, purpose: int = 3) -> Tensor:
         """Integers in [0, high) of shape `(local batch,)`."""
         return torch.randint(high, (self.total,), generator=self._generator(purpose))[self.rows]

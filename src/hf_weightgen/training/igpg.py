@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models.modeling_igpg import CONDITIONS
 from ..models.modeling_weight_vqvae import WeightVQVAE, perplexity
@@ -116,10 +117,13 @@ class VQVAELoss:
             (layout, own, *of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size))
             for layout, own in by_layout(zoo, rows)
         ]
-        longest = max(len(pieces) for *_, pieces, _ in groups)
-        uniform = random.uniform(longest, config.codes_per_token, config.num_codes, purpose=70)
+        lengths = torch.zeros(len(rows), dtype=torch.long)
+        for _, own, _, data in groups:
+            lengths[own] = data["padding_mask"].any(-1).sum(1)
+        draws = random.uniform_rows(lengths.tolist(), config.codes_per_token, config.num_codes, purpose=70)
         for layout, own, pieces, data in groups:
-            output = model(**data, temperature=temperature, uniform=uniform[own, : len(pieces)])
+            uniform = pad_sequence([draws[row] for row in own.tolist()], batch_first=True)
+            output = model(**data, temperature=temperature, uniform=uniform)
             share, weight = len(own) / len(rows), self.reconstruction_weight
             weight = weight if isinstance(weight, (int, float)) else weight[layout]
             loss = loss + share * (output.loss + (weight - 1) * output.reconstruction_loss)

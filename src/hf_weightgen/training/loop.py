@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -71,6 +72,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.lr_warmup_steps, config.max_train_steps)
     model.train()
+    # a loss may call the model as often as a batch has layouts, in each process another number of times: no call may wait for others
+    accelerator.ddp_handler = accelerator.ddp_handler or DistributedDataParallelKwargs(broadcast_buffers=False)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = (
         EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
