@@ -23,13 +23,16 @@ from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
-from hf_weightgen.training.igpg import VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import COLDEST, VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
 from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.sources import Source, text_source
 from hf_weightgen.zoo.folder import load_zoo
 from train_d2nwg import figures, judged, load_source
+
+
+FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, of which codes leave a half
 
 
 def parse_args():
@@ -79,12 +82,13 @@ def main():
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size // parts, class_parts=parts, **codes))
     source.initialise_names(vqvae)
 
-    def fit_codes(steps: int, name: str, function_loss, weight: float, **settings) -> None:
-        loss = VQVAELoss(vqvae, source.train, tokenizer, steps, function_loss, weight, accelerator.gather)
+    def fit_codes(steps: int, name: str, function_loss, weight, hottest: float = 1.0, **settings) -> None:
+        loss = VQVAELoss(vqvae, source.train, tokenizer, steps, function_loss, weight, accelerator.gather, hottest)
         train(accelerator, vqvae, loss, loop(steps, **settings), name)
         accelerator.print(f"{name}: codes in use {[round(used) for used in loss.perplexity]} of {args.num_codes}")
 
-    fit_codes(args.vqvae_steps, "vqvae", source.function_loss, 1.0)
+    function_loss = source.function_loss and (lambda *step: FUNCTION_WEIGHT * source.function_loss(*step))
+    fit_codes(args.vqvae_steps, "vqvae", function_loss, 1.0)
     dataset_encoder = None
     if source.features is not None:
         shown = source.shown
@@ -105,7 +109,7 @@ def main():
     task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
     if task_steps:
         settings = {"train_batch_size": args.task_batch_size, "learning_rate": source.task_learning_rate}
-        fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, **settings)
+        fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, COLDEST, **settings)
     gate, skipped = judged(args, accelerator, source, encode_zoo(vqvae.eval(), held_out, tokenizer)[1])
 
     # Stage 2: the prior over codes

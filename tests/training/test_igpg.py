@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
-from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
 from hf_weightgen.training.batches import StepRandom, ZooTensors
 from hf_weightgen.training.igpg import REVIVE_EVERY, VQVAELoss, by_layout, encode_zoo, of_layout, prior_loss
 from hf_weightgen.training.loop import LoopConfig, train
@@ -127,6 +127,27 @@ def test_training_makes_codes_that_decode_and_a_prior_that_writes_them(zoo, vqva
     prior = IGPGPrior(config)
     losses = fit(prior, lambda step: prior_loss(prior, codes, rows, tokenizer, draws(step), size=4))
     assert losses[0] > 2 and losses[-1] < 0.8
+
+
+def test_codes_say_what_members_of_a_task_differ_by():
+    generator, count = random(3), 64
+    shapes = {"body": (8, 16), "head": (2, 16)}
+    weights = [{n: torch.randn(shape, generator=generator) for n, shape in shapes.items()} for _ in range(count)]
+    tokenizer = WeightTokenizer.fit(weights, token_size=16, head=["head"])
+    embeds = F.normalize(torch.randn(2, EMBEDDING, generator=generator), dim=-1)
+    rows = ZooTensors.of(tokenizer, weights, ["a"] * count, {"a": embeds[None]}, {"a": embeds}, {"a": "a"})
+    torch.manual_seed(0)
+    config = WeightVQVAEConfig(
+        token_size=16, embedding_size=EMBEDDING, hidden_size=32, num_layers=1, num_attention_heads=2, num_codes=256
+    )
+    vqvae, steps = WeightVQVAE(config), 200
+    loss = VQVAELoss(vqvae, rows, tokenizer, steps)
+    fit(vqvae, lambda step: loss(vqvae, StepRandom(0, step, 32, slice(None))), steps)
+    codes, decoded = encode_zoo(vqvae, rows, tokenizer)
+    before, after = (tokens[:, : tokenizer.num_body_tokens()] for tokens in (rows.weight_tokens, decoded))
+    spread = [torch.pdist(tokens.flatten(1)).median() for tokens in (before, after)]
+    assert (after - before).square().mean() < 0.4 * before.var() and spread[1] > 0.75 * spread[0]
+    assert perplexity(vqvae.counts(codes)).min() > 64
 
 
 def test_dead_codes_are_revived_between_steps(zoo, vqvae):

@@ -1,7 +1,8 @@
 """Gumbel VQ-VAE over weight tokens: a few codes of a codebook for each token, and a decoder that reads all codes of a network.
 
-References: IGPG (https://huggingface.co/papers/2504.02012), whose codes say chunks of weights; Gumbel-softmax
-(https://huggingface.co/papers/1611.01144), section 2.2 for the straight-through estimator; residual codes: SoundStream
+References: IGPG (https://huggingface.co/papers/2504.02012), whose codes say chunks of weights; draws by Gumbel noise
+(https://huggingface.co/papers/1611.01144), section 2.1; the straight-through gradient of VQ-VAE
+(https://huggingface.co/papers/1711.00937), section 3.2; residual codes: SoundStream
 (https://huggingface.co/papers/2107.03312), section III-C; revival of dead codes: Jukebox
 (https://huggingface.co/papers/2005.00341), section 3.1. Ours: tokens are told apart by what they are (see
 [`~weights.descriptors`]), not by their number, so that a network of another width or depth has codes too; and a decoder that sees
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+
+
+APART = 4.0  # length of a code before training: Gumbel noise, whose std is 1.3, does not drown distances of such codes
 
 
 @strict
@@ -127,7 +131,7 @@ class WeightVQVAE(PreTrainedModel):
             init.normal_(module.in_proj_weight, std=module.embed_dim**-0.5)
             init.zeros_(module.in_proj_bias)
         if module is self:
-            init.normal_(self.codebook, std=self.config.code_size**-0.5)
+            init.normal_(self.codebook, std=APART * self.config.code_size**-0.5)
             init.zeros_(self.name_projection.weight)
 
     def encode(self, weight_tokens: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
@@ -147,7 +151,9 @@ class WeightVQVAE(PreTrainedModel):
         self, values: Tensor, temperature: float = 0.0, gumbel: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
-        Codes by their distance: the nearest, or with noise one by Gumbel-softmax, through which gradients pass.
+        Codes by their distance: the nearest, or with Gumbel noise one drawn from the softmax of distances; its gradient passes
+        straight to what the encoder asked for. The one through the softmax vanishes where codes are as far apart as noise must be
+        small.
 
         Args:
             values (`torch.FloatTensor` of shape `(n, Z)`).
@@ -159,21 +165,18 @@ class WeightVQVAE(PreTrainedModel):
         """
         total, codes, asked, log_probabilities = torch.zeros_like(values), [], [], []
         for r, codebook in enumerate(self.codebook):
-            rest = values - total
+            rest = values - total.detach()
             # the squared distance, but for what is the same for all codes
             logits = 2 * rest @ codebook.mT - codebook.square().sum(-1)
             asked.append(rest)
             log_probabilities.append(logits.log_softmax(-1))
-            if temperature > 0:
-                # noise that falls with the temperature: distances to codes are about 1, and of 512 draws of Gumbel noise the largest
-                # is 6; with all of it to the end codes would say nothing, and the decoder would learn to read none
-                soft = (logits / temperature + gumbel[:, r]).softmax(-1)
-                code = soft.argmax(-1)
-                total = total + (F.one_hot(code, len(codebook)) + soft - soft.detach()) @ codebook
-            else:
-                code = logits.argmax(-1)
-                total = total + codebook[code]
+            # noise that falls with the temperature: with all of it to the end codes would say nothing, and the decoder would learn to
+            # read none
+            code = (logits + temperature * gumbel[:, r] if temperature > 0 else logits).argmax(-1)
+            total = total + codebook[code]
             codes.append(code)
+        if temperature > 0:
+            total = total + values - values.detach()
         return torch.stack(codes, -1), total, torch.stack(asked), torch.stack(log_probabilities)
 
     def embed_codes(self, codes: Tensor) -> Tensor:

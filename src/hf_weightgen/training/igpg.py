@@ -22,7 +22,7 @@ from .batches import FEW_CLASSES, PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
 
 
-COLDEST = 0.3  # temperature of codes at the end, from 1: colder ones keep accidents of the networks that train
+COLDEST = 0.3  # temperature of codes at the end: colder ones keep accidents of the networks that train
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
@@ -75,6 +75,7 @@ class VQVAELoss:
 
     Args:
         steps: Over which the temperature falls.
+        hottest: Temperature at the start; where codes say something already, as cold as it ended, or they are forgotten.
         function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each layout.
         gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
     """
@@ -88,8 +89,9 @@ class VQVAELoss:
         function_loss: Callable | None = None,
         reconstruction_weight: float | Sequence[float] = 1.0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        hottest: float = 1.0,
     ):
-        self.vqvae, self.zoo, self.tokenizer, self.steps = vqvae, zoo, tokenizer, steps
+        self.vqvae, self.zoo, self.tokenizer, self.steps, self.hottest = vqvae, zoo, tokenizer, steps, hottest
         self.function_loss, self.reconstruction_weight, self.gather = function_loss, reconstruction_weight, gather
         self.usage = torch.ones(vqvae.config.codes_per_token, vqvae.config.num_codes)
         self.asked: Tensor | None = None  # what the encoder asked for in the step before
@@ -109,7 +111,7 @@ class VQVAELoss:
     def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
         zoo, tokenizer, config = self.zoo, self.tokenizer, self.vqvae.config
         self._revive(random)
-        rows, temperature = zoo.draw_rows(random), COLDEST ** (random.step / max(1, self.steps - 1))
+        rows, temperature = zoo.draw_rows(random), self._temperature(random.step)
         names = zoo.names(zoo.task_of[rows], random)
         wide = torch.zeros(len(rows), *zoo.weight_tokens.shape[1:])
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
@@ -136,6 +138,9 @@ class VQVAELoss:
         if self.function_loss is not None:
             loss = loss + self.function_loss(wide, zoo.weight_tokens[rows], rows, random)
         return loss
+
+    def _temperature(self, step: int) -> float:
+        return self.hottest * (COLDEST / self.hottest) ** (step / max(1, self.steps - 1))
 
     def _revive(self, random: StepRandom) -> None:
         """Before a step and not within it: the backward pass must find the codes as they were."""
