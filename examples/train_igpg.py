@@ -53,7 +53,12 @@ def parse_args():
     add("--task_batch_size", type=int, default=16, help="Rows per step with the task loss.")
     add("--learning_rate", type=float, default=1e-3)
     add("--ema_decay", type=float, default=0.99, help="Of the prior.")
-    add("--temperature", type=float, default=1.0, help="Default of the generator's samples.")
+    add(
+        "--temperature",
+        type=float,
+        default=0.6,
+        help="Default of the generator's samples; 1 as learned, which small priors learn with errors.",
+    )
     add("--seed", type=int, default=0)
     add("--checkpointing_steps", type=int, default=1000)
     add("--resume_from_checkpoint", help="'latest', or a checkpoint's name.")

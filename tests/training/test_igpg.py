@@ -212,7 +212,7 @@ def test_two_processes_end_with_the_same_codes(tmp_path):
 def test_the_script_trains_a_generator_of_digit_classifiers(tmp_path, monkeypatch):
     examples = Path(__file__).parents[2] / "examples"
     monkeypatch.syspath_prepend(examples)
-    settings = ["--networks", "64", "--vqvae_steps", "150", "--max_train_steps", "150", "--skip_gate"]
+    settings = ["--networks", "64", "--vqvae_steps", "300", "--max_train_steps", "400", "--skip_gate"]
     monkeypatch.setattr(sys, "argv", ["train_igpg.py", *settings, "--output_dir", str(tmp_path)])
     runpy.run_path(str(examples / "train_igpg.py"), run_name="__main__")
     report = json.loads((tmp_path / "report.json").read_text())
