@@ -32,7 +32,7 @@ from hf_weightgen.zoo.folder import load_zoo
 from train_d2nwg import figures, judged, load_source
 
 
-FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, of which codes leave a half
+FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, which a few codes cannot take away
 
 
 def parse_args():

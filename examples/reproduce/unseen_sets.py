@@ -58,9 +58,9 @@ def main():
             "kde": baselines.kde(aligned, args.n, draw),
             "generated": [output.weights[0] for output in made if output.tasks[0] == nearest],
         }
-        read = load_images([spec], args.data_root, side, target["config"]["input_shape"][0])[
-            spec.name
-        ]  # grey, perhaps
+        read, channels = data[spec.name], target["config"]["input_shape"][0]
+        if read.test.pixels.shape[1] != channels:
+            read = load_images([spec], args.data_root, side, channels)[spec.name]
         scaled = replace(read, mean=target["config"]["image_mean"], std=target["config"]["image_std"])
         inputs, labels = scaled.inputs(scaled.test), scaled.test.labels
         for method, networks in methods.items():

@@ -82,7 +82,7 @@ def test_a_shift_of_all_classes_costs_nothing(vqvae):
     after = vqvae(**data | {"weight_tokens": shifted})
     torch.testing.assert_close(after.reconstruction_loss, before.reconstruction_loss)
     after = vqvae(**data | {"weight_tokens": data["weight_tokens"] + 3.0})
-    assert after.reconstruction_loss > 2 * before.reconstruction_loss
+    assert after.reconstruction_loss > 2.5 * before.reconstruction_loss
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def all_of(random: StepRandom, rows: ZooTensors) -> list[torch.Tensor]:
         random.normal(3, 2),
         random.uniform(),
         random.uniform(5),
-        torch.stack(random.uniform_rows([4] * len(tasks), 2)),
+        torch.stack(random.uniform_rows(range(len(tasks)), [4] * len(tasks), 2)),
         random.integers(1000),
         rows.draw_rows(random),
         rows.names(tasks, random),
@@ -49,9 +49,10 @@ def test_processes_together_draw_what_one_process_draws(processes, tiny_zoo):
 
 
 def test_a_row_draws_the_same_whatever_the_lengths_of_others_are():
-    short, long = draws().uniform_rows([3, 1, 2], 5), draws().uniform_rows([3, 8, 0], 5)
+    short, long = draws().uniform_rows([0, 1, 2], [3, 1, 2], 5), draws().uniform_rows([0, 1, 2], [3, 8, 0], 5)
     assert [len(own) for own in long] == [3, 8, 0] and torch.equal(short[0], long[0])
     assert not torch.equal(short[0][:1], short[1])
+    assert torch.equal(draws().uniform_rows([2], [2], 5)[0], short[2])  # rows of one layout, among those of others
 
 
 def test_every_process_draws_the_same_shared_numbers():

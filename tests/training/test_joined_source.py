@@ -49,6 +49,9 @@ def source_of(kind: str, steps: int) -> Source:
         target = targets[0]
         known = [{**task, "target": number} for number, task in enumerate(known)]
 
+    if kind == "images":  # as if both were networks for one dataset
+        train.dataset_of = torch.tensor([0, 0])
+
     def loss(tokens, truth, index, random):
         assert torch.equal(truth, train.weight_tokens[index])
         return ((tokens - truth).square().sum((1, 2)) * (1 + index)).mean() * steps
@@ -136,6 +139,7 @@ def test_datasets_ask_for_the_tasks_that_have_them(parts):
     config = DatasetEncoderConfig(feature_size=6, latent_size=4, hidden_size=16, num_classes=3, embedding_size=384)
     whole, dataset_encoder = joined(parts), DatasetEncoder(config).eval()
     texts = whole.train
+    assert whole.train.dataset_of.tolist() == [0, 0, 2, 3, 4] and whole.shown.dataset_of.tolist() == [0, 0]
     assert whole.shown.tasks == list(TASKS["images"]) and whole.shown.class_mask.shape == (2, 3)
     whole.add_datasets(dataset_encoder, 0)
     lengths = [len(prompts) for prompts in whole.train.prompt_embeds]

@@ -189,7 +189,7 @@ class IGPGPipeline(WeightGenPipeline):
         conditions = self._conditions(asked, targets)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
-            described = self._described(layout, torch.cat([class_embeds[i] for i in places]))[:2]
+            _, *described = self._described(layout, torch.cat([class_embeds[i] for i in places]))
             arguments = [conditions[places], *described]
             arguments = [self._to_prior(part).repeat_interleave(num_samples, 0) for part in arguments]
             drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
@@ -309,7 +309,8 @@ class IGPGPipeline(WeightGenPipeline):
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
                 told = self._to_prior(torch.cat([asked, known]))
-                described = [self._to_prior(part) for part in self._described(target["layout"], class_embeds)[:2]]
+                _, *described = self._described(target["layout"], class_embeds)
+                described = [self._to_prior(part) for part in described]
                 codes = self.prior.write(told[1 + row, None], *described)
                 codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
                 losses, of = self.prior.code_losses(codes, told, *described)
@@ -343,11 +344,9 @@ class IGPGPipeline(WeightGenPipeline):
                 f"`labels` names {len(labels)} classes, the networks have {encoded['num_classes'].unique().tolist()}."
             )
         class_embeds = self.encoder.embed(list(labels))[None]
-        described = (
-            part.expand(len(state_dicts), -1, -1).to(vqvae.device)
-            for part in self._described(layouts[0], class_embeds)[:2]
-        )
-        tokens = self._pieces(layouts[0], class_embeds).cut(encoded["weight_tokens"]).to(vqvae.device, vqvae.dtype)
+        pieces, *described = self._described(layouts[0], class_embeds)
+        described = (part.expand(len(state_dicts), -1, -1).to(vqvae.device) for part in described)
+        tokens = pieces.cut(encoded["weight_tokens"]).to(vqvae.device, vqvae.dtype)
         values = vqvae.encode(tokens, *described, torch.ones_like(tokens[..., 0], dtype=torch.bool))
         codes, *_ = vqvae.quantise(values.flatten(0, 1))
         return codes.unflatten(0, values.shape[:2]).cpu(), layouts[0], class_embeds
@@ -364,12 +363,10 @@ class IGPGPipeline(WeightGenPipeline):
             `list[dict[str, torch.Tensor]]` of length N: state dicts.
         """
         vqvae, tokenizer, count = self.vqvae, self.weight_tokenizer, len(codes)
-        described, names, parts = (
-            part.expand(count, *part.shape[1:]).to(vqvae.device) for part in self._described(layout, class_embeds)
-        )
-        codes = codes[:, : described.shape[1]].to(vqvae.device)
-        decoded = vqvae.decode(vqvae.embed_codes(codes), described, names, codes[..., 0] >= 0, parts)
-        tokens = self._pieces(layout, class_embeds).join(decoded)
+        pieces, *described = self._described(layout, class_embeds)
+        described = (part.expand(count, -1, -1).to(vqvae.device) for part in described)
+        codes, parts = codes[:, : len(pieces)].to(vqvae.device), pieces.of_class.expand(count, -1).to(vqvae.device)
+        tokens = pieces.join(vqvae.decode(vqvae.embed_codes(codes), *described, codes[..., 0] >= 0, parts))
         counts = torch.full((count,), self._class_tokens(layout, class_embeds))
         weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
         return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
@@ -389,24 +386,23 @@ class IGPGPipeline(WeightGenPipeline):
             LayoutMismatchError: If the network has another number of tokens.
         """
         vqvae, size = self.vqvae, self.vqvae.config.window
-        described, names, parts = (part[0] for part in self._described(layout, class_embeds))
-        if len(codes) != len(described):
+        pieces, (described,), (names,) = self._described(layout, class_embeds)
+        if len(codes) != len(pieces):
             raise LayoutMismatchError(
-                f"Layout {layout} with these classes has {len(described)} tokens, got codes of {len(codes)}."
+                f"Layout {layout} with these classes has {len(pieces)} tokens, got codes of {len(codes)}."
             )
 
         def windows() -> Iterator[Tensor]:
             for start in range(0, len(codes), size):
                 part = slice(start, start + size)
                 own = codes[part].to(vqvae.device)
-                read = vqvae.embed_codes(own), described[part], names[part], own[:, 0] >= 0, parts[part]
+                read = vqvae.embed_codes(own), described[part], names[part], own[:, 0] >= 0, pieces.of_class[part]
                 yield vqvae.decode(*(tensor[None].to(vqvae.device) for tensor in read))[0].float().cpu()
 
         head = self.weight_tokenizer.layouts[layout].head
         of_head = {}
         classes = self._class_tokens(layout, class_embeds)
-        tokens = self._pieces(layout, class_embeds).join_stream(windows())
-        for name, tensor in self.weight_tokenizer.decode_stream(tokens, layout, classes):
+        for name, tensor in self.weight_tokenizer.decode_stream(pieces.join_stream(windows()), layout, classes):
             if name in head:
                 of_head[name] = tensor
             else:
@@ -416,19 +412,12 @@ class IGPGPipeline(WeightGenPipeline):
     def _to_prior(self, part: Tensor) -> Tensor:
         return part.to(self.prior.device, self.prior.dtype)
 
-    def _pieces(self, layout: int, class_embeds: Tensor) -> Pieces:
-        classes = self._class_tokens(layout, class_embeds)
-        return Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
-
-    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        For class names `(n, C, E)` what pieces are, `(n, L, D)`, the names of their classes `(n, L, E)`, zeros for those of the body,
-        and which parts of their classes they are `(n, L)`.
-        """
-        pieces, count, dtype = self._pieces(layout, class_embeds), len(class_embeds), self.vqvae.dtype
-        body, classes = self.weight_tokenizer.num_body_tokens(layout), self._class_tokens(layout, class_embeds)
-        names = F.pad(class_embeds[:, :classes].cpu().to(dtype), (0, 0, body, 0))[:, pieces.token]
-        return pieces.describe().to(dtype).expand(count, -1, -1), names, pieces.of_class.expand(count, -1)
+    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Pieces, Tensor, Tensor]:
+        """For class names `(n, C, E)` the network's pieces, what they are, `(n, L, D)`, and the names of their classes `(n, L, E)`."""
+        classes, dtype = self._class_tokens(layout, class_embeds), self.vqvae.dtype
+        pieces = Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
+        described = pieces.describe().to(dtype).expand(len(class_embeds), -1, -1)
+        return pieces, described, pieces.names(class_embeds.cpu().to(dtype))
 
     def _class_tokens(self, layout: int, class_embeds: Tensor) -> int:
         """A network whose head is too wide for class tokens has none."""

@@ -7,7 +7,7 @@ Notation: R rows (checkpoints), T body tokens, C classes (padded), S scalars per
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,11 +41,11 @@ class StepRandom:
         """Uniform in [0, 1) of shape `(local batch, *shape)`."""
         return torch.rand(self.total, *shape, generator=self._generator(purpose))[self.rows]
 
-    def uniform_rows(self, lengths: Sequence[int], *shape: int, purpose: int = 9) -> list[Tensor]:
-        """Uniform in [0, 1) of shape `(length, *shape)` for each row of the local batch, whatever the lengths of others are."""
+    def uniform_rows(self, rows: Sequence[int], lengths: Sequence[int], *shape: int, purpose: int = 9) -> list[Tensor]:
+        """Uniform in [0, 1) of shape `(length, *shape)` for some rows of the local batch, whatever other rows have."""
         first, seed = self.rows.indices(self.total)[0], self._generator(purpose).initial_seed()
-        rows = (torch.Generator().manual_seed(seed * 4099 + first + i) for i in range(len(lengths)))
-        return [torch.rand(length, *shape, generator=own) for length, own in zip(lengths, rows, strict=True)]
+        generators = (torch.Generator().manual_seed(seed * 4099 + first + row) for row in rows)
+        return [torch.rand(length, *shape, generator=own) for length, own in zip(lengths, generators, strict=True)]
 
     def integers(self, high: int, purpose: int = 3) -> Tensor:
         """Integers in [0, high) of shape `(local batch,)`."""
@@ -130,21 +130,23 @@ class ZooTensors:
 
     def first_tasks(self, count: int) -> "ZooTensors":
         """The rows of the first tasks, with as many classes as these have."""
-        if count == len(self.tasks):
-            return self
         rows, mask = self.task_of < count, self.class_mask[:count]
         C = int(mask.sum(1).max())
         body = self.weight_tokens.shape[1] - self.class_mask.shape[1]
-        return ZooTensors(
-            self.weight_tokens[rows, : body + C],
-            self.padding_mask[rows, : body + C],
-            self.task_of[rows],
-            self.tasks[:count],
-            [embeds[:, :C] for embeds in self.class_embeds[:count]],
-            mask[:, :C],
-            self.prompt_embeds[:count],
-            self.families[:count],
-            self.layout_of[rows],
+        return replace(
+            self,
+            weight_tokens=self.weight_tokens[rows, : body + C],
+            padding_mask=self.padding_mask[rows, : body + C],
+            task_of=self.task_of[rows],
+            tasks=self.tasks[:count],
+            class_embeds=[embeds[:, :C] for embeds in self.class_embeds[:count]],
+            class_mask=mask[:, :C],
+            prompt_embeds=self.prompt_embeds[:count],
+            families=self.families[:count],
+            layout_of=self.layout_of[rows],
+            start=self.start if count == len(self.tasks) else None,
+            dataset_of=None if self.dataset_of is None else self.dataset_of[:count],
+            architecture_codes=None if self.architecture_codes is None else self.architecture_codes[:count],
         )
 
     @property

@@ -58,7 +58,7 @@ def of_layout(
         "weight_tokens": tokens,
         "padding_mask": mask,
         "descriptors": pieces.describe().expand(len(rows), -1, -1),
-        "name_embeds": F.pad(names * classes[..., None], (0, 0, body, 0))[:, pieces.token],
+        "name_embeds": pieces.names(names * classes[..., None]),
         "class_parts": pieces.of_class * mask.any(-1),
     }
 
@@ -115,16 +115,11 @@ class VQVAELoss:
         names = zoo.names(zoo.task_of[rows], random)
         wide = torch.zeros(len(rows), *zoo.weight_tokens.shape[1:])
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
-        groups = [
-            (layout, own, *of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size))
-            for layout, own in by_layout(zoo, rows)
-        ]
-        lengths = torch.zeros(len(rows), dtype=torch.long)
-        for _, own, _, data in groups:
-            lengths[own] = data["padding_mask"].any(-1).sum(1)
-        draws = random.uniform_rows(lengths.tolist(), config.codes_per_token, config.num_codes, purpose=70)
-        for layout, own, pieces, data in groups:
-            uniform = pad_sequence([draws[row] for row in own.tolist()], batch_first=True)
+        for layout, own in by_layout(zoo, rows):
+            pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size)
+            lengths, shape = data["padding_mask"].any(-1).sum(1), (config.codes_per_token, config.num_codes)
+            draws = random.uniform_rows(own.tolist(), lengths.tolist(), *shape, purpose=70)
+            uniform = pad_sequence(draws, batch_first=True)
             output = model(**data, temperature=temperature, uniform=uniform)
             share, weight = len(own) / len(rows), self.reconstruction_weight
             weight = weight if isinstance(weight, (int, float)) else weight[layout]

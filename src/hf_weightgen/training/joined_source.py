@@ -3,7 +3,6 @@
 Notation: T body tokens of all layouts side by side, C classes (padded), S scalars per token, of one source or of all.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,7 +52,7 @@ def joined(sources: Sequence[Source]) -> Source:
         tokenizer=tokenizer,
         train=train,
         held_out=_rows([source.held_out for source in sources], parts),
-        runs=[[part.row + r for r in run] for s, part in zip(sources, parts, strict=True) for run in s.runs],
+        runs=[[part.rows.start + r for r in run] for s, part in zip(sources, parts, strict=True) for run in s.runs],
         target=targets[0],
         targets=targets,
         target_of=target_of,
@@ -62,11 +61,9 @@ def joined(sources: Sequence[Source]) -> Source:
         score=score,
         validate=None,
         accuracies=None,
-        vae_steps=max(source.vae_steps for source in sources),
         task_steps=max(source.task_steps for source in sources),
-        max_train_steps=max(source.max_train_steps for source in sources),
-        function_loss=_Dispatched.of([source.function_loss for source in sources], parts, train),
-        task_loss=_Dispatched.of([source.task_loss for source in sources], parts, train),
+        function_loss=_Dispatched.of([source.function_loss for source in sources], parts),
+        task_loss=_Dispatched.of([source.task_loss for source in sources], parts),
         task_reconstruction=[weight for s in sources for weight in [s.task_reconstruction] * len(s.tokenizer.layouts)],
         task_learning_rate=min(source.task_learning_rate for source in sources),
         name_projection=next((s.name_projection for s in sources if s.name_projection is not None), None),
@@ -82,7 +79,7 @@ def joined(sources: Sequence[Source]) -> Source:
 class _Part:
     """What of the joined zoo comes in front of a source's, and how much of it is the source's own."""
 
-    row: int
+    rows: range
     task: int
     layout: int
     token: int
@@ -106,23 +103,14 @@ class _Part:
 
 
 def _parts(sources: Sequence[Source]) -> list[_Part]:
-    def starts(sizes: Sequence[int]) -> list[int]:
-        return [0, *itertools.accumulate(sizes)]
-
     tokens = [source.tokenizer.num_all_body_tokens for source in sources]
     classes = [source.train.class_mask.shape[1] for source in sources]
-    places = zip(
-        starts([len(source.train) for source in sources]),
-        starts([len(source.train.tasks) for source in sources]),
-        starts([len(source.tokenizer.layouts) for source in sources]),
-        starts(tokens),
-        strict=True,
-    )
-    sizes = zip(tokens, classes, strict=True)
-    return [
-        _Part(*place, count, sum(tokens), own, max(classes))
-        for place, (count, own) in zip(places, sizes, strict=False)
-    ]
+    parts, row, task, layout = [], 0, 0, 0
+    for i, source in enumerate(sources):
+        rows = range(row, row + len(source.train))
+        parts.append(_Part(rows, task, layout, sum(tokens[:i]), tokens[i], sum(tokens), classes[i], max(classes)))
+        row, task, layout = rows.stop, task + len(source.train.tasks), layout + len(source.tokenizer.layouts)
+    return parts
 
 
 def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
@@ -143,8 +131,14 @@ def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
         [embeds for zoo in zoos for embeds in zoo.prompt_embeds],
         [family for zoo in zoos for family in zoo.families],
         torch.cat([part.layout + zoo.layout_of for zoo, part in pairs]),
-        None if last.start is None else part.row + last.start,
+        None if last.start is None else part.rows.start + last.start,
+        torch.cat([part.task + _datasets(zoo) for zoo, part in pairs]),
     )
+
+
+def _datasets(zoo: ZooTensors) -> Tensor:
+    """`(tasks,)`: each task's dataset."""
+    return torch.arange(len(zoo.tasks)) if zoo.dataset_of is None else zoo.dataset_of
 
 
 def _targets(sources: Sequence[Source], parts: Sequence[_Part]) -> tuple[list[dict], list[int], list[dict]]:
@@ -165,19 +159,19 @@ def _targets(sources: Sequence[Source], parts: Sequence[_Part]) -> tuple[list[di
 class _Dispatched:
     """The loss of each source on its own rows of a batch: a mean over all of them."""
 
-    def __init__(self, losses: Sequence[Callable | None], parts: Sequence[_Part], zoo: ZooTensors):
-        self.losses, self.parts, self.zoo = losses, parts, zoo
+    def __init__(self, losses: Sequence[Callable | None], parts: Sequence[_Part]):
+        self.losses, self.parts = losses, parts
 
     @classmethod
-    def of(cls, losses: Sequence[Callable | None], *rest) -> "_Dispatched | None":
-        return cls(losses, *rest) if any(losses) else None
+    def of(cls, losses: Sequence[Callable | None], parts: Sequence[_Part]) -> "_Dispatched | None":
+        return cls(losses, parts) if any(losses) else None
 
     def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """See [`~training.objectives.vae_loss`]."""
-        total, ends = tokens.new_zeros(()), [part.row for part in self.parts[1:]] + [len(self.zoo)]
-        for loss, part, end in zip(self.losses, self.parts, ends, strict=True):
-            rows = (index >= part.row) & (index < end)
+        total = tokens.new_zeros(())
+        for loss, part in zip(self.losses, self.parts, strict=True):
+            rows = (index >= part.rows.start) & (index < part.rows.stop)
             if loss is not None and rows.any():
-                own = loss(part.own(tokens[rows]), part.own(truth[rows]), index[rows] - part.row, random)
+                own = loss(part.own(tokens[rows]), part.own(truth[rows]), index[rows] - part.rows.start, random)
                 total = total + own * rows.sum() / len(index)
         return total

@@ -7,6 +7,7 @@ Notation: L tokens of a network, S scalars per token, n pieces, s scalars per pi
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .descriptors import describe_parts
@@ -35,7 +36,7 @@ class Pieces:
             raise LayoutMismatchError(f"Tokens of {tokenizer.token_size} scalars do not divide into pieces of {size}.")
         self.parts, self.size = tokenizer.token_size // size, size
         known = tokenizer.template([layout], [num_classes])
-        self.num_tokens = len(known["is_class"][0])
+        self.num_tokens, self.num_classes = len(known["is_class"][0]), num_classes
         self.token, self.part = self._split(known["padding_mask"])[0].any(-1).nonzero().unbind(1)
         self.of_class = (1 + self.part) * known["is_class"][0, self.token]
         self._described = tokenizer.describe(layout, num_classes)
@@ -49,6 +50,11 @@ class Pieces:
     def describe(self) -> Tensor:
         """What each piece is, `(n, D)`: what its token is, and which part of it."""
         return describe_parts(self._described[self.token], self.part, self.parts)
+
+    def names(self, class_embeds: Tensor) -> Tensor:
+        """Of class names `(B, C, E)`, of which the first are those of class tokens, that of each piece: `(B, n, E)`, zeros in the body."""
+        body = self.num_tokens - self.num_classes
+        return F.pad(class_embeds[:, : self.num_classes], (0, 0, body, 0))[:, self.token]
 
     def cut(self, tokens: Tensor) -> Tensor:
         """`(B, L, S)` to `(B, n, s)`."""
