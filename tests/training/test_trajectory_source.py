@@ -10,16 +10,21 @@ from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.architectures import TargetModel, architecture, resnet
 from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.targets.symmetry import BUFFERS
+from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.image_source import image_source
+from hf_weightgen.zoo import build_networks
+from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
 from hf_weightgen.zoo.folder import load_zoo
 from hf_weightgen.zoo.images import load_images
 from hf_weightgen.zoo.schema import row_to_state_dict
 from hf_weightgen.zoo.trajectory import TrajectoryConfig, build_trajectory_zoo
 from pictures import image_encoder, images, write
+from run_network_zoo import PROTOCOL, SMALL
 
 
-@pytest.mark.parametrize("tensors", ["norms", "all"])
-def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_path, monkeypatch, tensors):
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Dark and light images, the configuration of a ResNet-8, and a checkpoint of it in `tmp_path`."""
     monkeypatch.setitem(architectures.NAMED, "small", (resnet(8), "relu", 8))
     pictures = [p.point(lambda v, i=i: v // 2 + 100 * (i % 2)) for i, p in enumerate(images(60, 0))]
     spec = write(tmp_path / "task", train=pictures[:44], test=pictures[44:])
@@ -28,11 +33,23 @@ def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_pat
     config = architecture("small", 2, 1)
     torch.manual_seed(0)
     save_file(TargetModel(config).state_dict(), tmp_path / "start.safetensors")
+    return spec, config
+
+
+def build(spec, tmp_path, tensors: str) -> str:
     settings = TrajectoryConfig(
         "small", tensors, burn_in=2, checkpoints=5, every=1, held_out=2, lr=0.05, batch_size=8, mean=(0.4,), std=(0.2,)
     )
     build_trajectory_zoo(spec, tmp_path / "start.safetensors", tmp_path / "zoo", settings, progress=False)
-    source = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [str(tmp_path / "zoo")], None)
+    return str(tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("tensors", ["norms", "all"])
+def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_path, task, tensors):
+    spec, config = task
+    source = image_source(
+        encoder, load_image_encoder(str(image_encoder(tmp_path))), [build(spec, tmp_path, tensors)], None
+    )
 
     assert (len(source.train), len(source.held_out)) == (3, 1)
     assert source.runs == [[0, 1, 2]]  # rows of one run: it has no independent ones
@@ -47,3 +64,28 @@ def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_pat
         model.load_state_dict(originals[0] | original | means)
         right = model(data.inputs(data.test)).logits.argmax(-1) == data.test.labels
         assert source.score([state_dict], "task").item() == right.double().mean().item()
+
+
+def test_beside_a_trajectory_independent_networks_are_asked_what_they_do(encoder, tmp_path, task, monkeypatch):
+    spec, _ = task
+    monkeypatch.setitem(architectures.NAMED, "other", SMALL)
+    monkeypatch.setitem(build_networks.SHORT, "task", PROTOCOL)
+    settings = NetworkZooConfig(architecture="other", seeds=3, held_out=1, keep=1, group=3)
+    small = str(build_network_zoo([spec], tmp_path / "small", settings, progress=False).path)
+    zoos = [build(spec, tmp_path, "norms"), small]
+    source = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), zoos, None)
+    train = source.train
+    assert train.tasks == ["task (small)", "task (other)"]
+    run, other = (int(train.layout_of[train.task_of == t][0]) for t in range(2))
+    assert [source.task_reconstruction[k] for k in (run, other)] == [1.0, 0.1] and source.task_steps > 0
+    index = torch.tensor([0, len(train) - 1])
+    tokens = train.weight_tokens[index].clone().requires_grad_()
+    source.task_loss(tokens, None, index, StepRandom(0, 0, 2, slice(None))).backward()
+    assert not tokens.grad[0].any() and tokens.grad[1].any()
+    alone = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [small], None)
+    for name in ("score", "validate"):  # on all images, and by the same means as without the trajectory
+        scores = [
+            getattr(one, name)(one.members(task), task).tolist()
+            for one, task in ((source, "task (other)"), (alone, "task"))
+        ]
+        assert scores[0] == scores[1]

@@ -56,8 +56,8 @@ class NetworkLoss:
     Cross-entropy of decoded networks on training images of their tasks, a mean over networks and images.
 
     Args:
-        targets: Per task its network and the number of its layout.
-        images: Per task inputs `(n, *input_shape)` and class ids `(n,)`.
+        targets: Per task its network and the number of its layout; `None` for one whose networks are not asked, which count with 0.
+        images: Per task inputs `(n, *input_shape)` and class ids `(n,)`, or `None`.
         probe: Images that a network sees in a step.
     """
 
@@ -65,20 +65,22 @@ class NetworkLoss:
         self,
         weight_tokenizer: WeightTokenizer,
         zoo: ZooTensors,
-        targets: Sequence[tuple[TargetConfig, int]],
-        images: Sequence[tuple[Tensor, Tensor]],
+        targets: Sequence[tuple[TargetConfig, int] | None],
+        images: Sequence[tuple[Tensor, Tensor] | None],
         probe: int = 64,
     ):
         self.zoo, self.targets, self.images, self.probe = zoo, targets, images, probe
         self.decoders = [
-            BatchDecoder(weight_tokenizer, int(zoo.class_mask[task].sum()), layout)
-            for task, (_, layout) in enumerate(targets)
+            target and BatchDecoder(weight_tokenizer, int(zoo.class_mask[task].sum()), target[1])
+            for task, target in enumerate(targets)
         ]
 
     def __call__(self, tokens: Tensor, truth: Tensor, index: Tensor, random: StepRandom) -> Tensor:
         """See [`~training.objectives.vae_loss`]; the originals `truth` are not asked."""
         tasks, loss = self.zoo.task_of[index], tokens.new_zeros(())
         for task in tasks.unique().tolist():
+            if self.targets[task] is None:
+                continue
             rows, (config, _), (inputs, labels) = tasks == task, self.targets[task], self.images[task]
             seen = random.shared_integers(len(labels), self.probe, purpose=60 + task)
             logits = stacked_logits(config, self.decoders[task](tokens[rows]), inputs[seen][None])

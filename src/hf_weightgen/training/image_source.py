@@ -38,6 +38,7 @@ from .sources import Source, known_tasks, told
 
 TOKEN_SIZE = 64
 LARGE = 65_536  # scalars of a network from which it reads images alone, and none in training
+TASK_RECONSTRUCTION = 0.1  # weight of the error in weight space beside what networks do
 TEST_IMAGES = 1000  # that such a network is scored on
 POOL = 200  # images of each class that the dataset encoder sees in training
 PARTS = ("train", "held_out")
@@ -71,6 +72,11 @@ class Networks:
     def size(self) -> int:
         """Scalars of a network."""
         return sum(tensor.numel() for tensor in self.weights["train"][0].values())
+
+    @property
+    def large(self) -> bool:
+        """Whether the network reads images alone, and few of them, and none in training."""
+        return self.trajectory or self.size > LARGE
 
 
 def image_source(
@@ -145,17 +151,15 @@ def image_source(
         dataset_of=torch.tensor(task_of),
         architecture_codes=architecture_codes(targets, known, train.prompt_embeds[0].shape[1]),
     )
-    trajectory = any(pair.trajectory for pair in pairs)
-    sizes = [pair.size for pair in pairs]
-    large = trajectory or max(sizes) > LARGE
+    large = any(pair.large for pair in pairs)
+    unasked = {layout for pair, layout in zip(pairs, layouts, strict=True) if pair.large}  # what they do is no loss
     splits = {name: [pair.data.validation, pair.data.test] for name, pair in by_name.items()}
-    if large:
-        splits = {name: [split.first(TEST_IMAGES) for split in both] for name, both in splits.items()}
+    splits = {n: [s.first(TEST_IMAGES) if by_name[n].large else s for s in both] for n, both in splits.items()}
     inputs = {name: [by_name[name].data.inputs(split) for split in both] for name, both in splits.items()}
 
     def validate(state_dicts: Sequence[Mapping[str, Tensor]], task: str, part: int = 0) -> Tensor:
         networks = [{**by_name[task].base, **state_dict} for state_dict in state_dicts]
-        if large:
+        if by_name[task].large:
             predictions = predict_one_by_one(by_name[task].config, networks, inputs[task][part])
         else:
             predictions = predict_networks(by_name[task].config, stack(networks), inputs[task][part])
@@ -165,13 +169,9 @@ def image_source(
         return validate(state_dicts, task, part=1)
 
     task_loss = None
-    if not large:
-        task_loss = NetworkLoss(
-            tokenizer,
-            train,
-            [(pair.config, layout) for pair, layout in zip(pairs, layouts, strict=True)],
-            _training_images(pairs),
-        )
+    if not all(pair.large for pair in pairs):
+        asked = [None if pair.large else (pair.config, k) for pair, k in zip(pairs, layouts, strict=True)]
+        task_loss = NetworkLoss(tokenizer, train, asked, _training_images(pairs))
     vae_settings = {
         "kl_weight": 1e-3,
         "learns_noise": not large,
@@ -179,13 +179,15 @@ def image_source(
         "hidden_size": 192,
         "token_width": 28,
     }
-    if trajectory:  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
+    if any(
+        pair.trajectory for pair in pairs
+    ):  # the KL term counts in what rows differ by, which is little; and the spread is theirs, not a half
         rows_of = [(train.task_of == t).nonzero().flatten() for t in range(len(pairs))]
         spreads = [train.weight_tokens[rows].var(0)[train.padding_mask[rows[0]]] for rows in rows_of]
         differ = torch.cat(spreads).mean().item()
         vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}
     if large:
-        vae_settings["token_width"] = max(1, min(32, 500_000 // sum(sizes)))
+        vae_settings["token_width"] = max(1, min(32, 500_000 // sum(pair.size for pair in pairs)))
     seen = of_one_shape(
         [features(images, pairs[t].data.train, len(spec.labels)) for spec, (t, *_) in zip(specs, numbers, strict=True)]
     )
@@ -201,9 +203,9 @@ def image_source(
         thresholds,
         score,
         vae_steps=1500,
-        task_steps=0 if large else 8000,
+        task_steps=8000 if task_loss else 0,
         task_loss=task_loss,
-        task_reconstruction=0.1,
+        task_reconstruction=[1.0 if k in unasked else TASK_RECONSTRUCTION for k in range(len(tokenizer.layouts))],
         task_learning_rate=5e-4,
         vae_settings=vae_settings,
         max_train_steps=2000,
@@ -289,14 +291,14 @@ def _networks(zoo: Dataset, load: Callable[[int], dict[str, ImageData]]) -> list
     return found
 
 
-def _training_images(pairs: Sequence[Networks]) -> list[tuple[Tensor, Tensor]]:
-    """What networks read and its classes; of pairs that read the same it is in memory once."""
+def _training_images(pairs: Sequence[Networks]) -> list[tuple[Tensor, Tensor] | None]:
+    """What networks that read in training read, and its classes; of pairs that read the same it is in memory once."""
     known: dict[tuple, Tensor] = {}
     for pair in pairs:
         key = _reads(pair)
-        if key not in known:
+        if not pair.large and key not in known:
             known[key] = pair.data.inputs(pair.data.train)
-    return [(known[_reads(pair)], pair.data.train.labels) for pair in pairs]
+    return [None if pair.large else (known[_reads(pair)], pair.data.train.labels) for pair in pairs]
 
 
 def _reads(pair: Networks) -> tuple:

@@ -64,7 +64,7 @@ def joined(sources: Sequence[Source]) -> Source:
         task_steps=max(source.task_steps for source in sources),
         function_loss=_Dispatched.of([source.function_loss for source in sources], parts),
         task_loss=_Dispatched.of([source.task_loss for source in sources], parts),
-        task_reconstruction=[weight for s in sources for weight in [s.task_reconstruction] * len(s.tokenizer.layouts)],
+        task_reconstruction=[weight for source in sources for weight in source.reconstruction_weights],
         task_learning_rate=min(source.task_learning_rate for source in sources),
         name_projection=next((s.name_projection for s in sources if s.name_projection is not None), None),
         majority={task: share for source in sources for task, share in source.majority.items()},

@@ -5,7 +5,7 @@ Salimans and Ho (https://huggingface.co/papers/2202.00512), appendix D; flow mat
 (https://huggingface.co/papers/2210.02747), eq. 23 with sigma_min = 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def vae_loss(
     zoo: ZooTensors,
     random: StepRandom,
     function_loss: Callable | None = None,
-    reconstruction_weight: float = 1.0,
+    reconstruction_weight: float | Sequence[float] = 1.0,
 ) -> Tensor:
     """
     Eq. 1 on a batch, with the compatibility of prompts and class names. With learned noise, function losses see samples of p(w|z).
@@ -34,7 +34,7 @@ def vae_loss(
     Args:
         function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
             the decoded networks are from the originals'. Weight-space error says little about accuracy.
-        reconstruction_weight: Of weight-space error beside it.
+        reconstruction_weight: Of weight-space error beside it; one for each layout is averaged over the batch.
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
@@ -63,6 +63,8 @@ def vae_loss(
         scale = config.noise_scale * min(1.0, random.step / NOISE_RAMP)
         noise = random.normal(*decoded.shape[1:], purpose=24)
         decoded = decoded + scale * _take(output.token_stds, in_order) * noise
+    if not isinstance(reconstruction_weight, (int, float)):
+        reconstruction_weight = torch.tensor(reconstruction_weight)[zoo.layout_of[rows]].mean()
     loss = output.loss + (reconstruction_weight - 1) * output.reconstruction_loss
     return loss + function_loss(decoded, zoo.weight_tokens[rows], rows, random)
 

@@ -92,6 +92,12 @@ class Source:
         count = len(self.train.tasks)
         return self.target_of or (list(range(count)) if self.targets else [0] * count)
 
+    @property
+    def reconstruction_weights(self) -> list[float]:
+        """`task_reconstruction` of each layout."""
+        weight = self.task_reconstruction
+        return [weight] * len(self.tokenizer.layouts) if isinstance(weight, (int, float)) else list(weight)
+
     def initialise(self, vae: WeightVAE) -> None:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""
         T = vae.config.num_body_tokens
