@@ -3,6 +3,7 @@
     python examples/build_network_zoo.py runs/images                            # datasets from the Hub
     python examples/build_network_zoo.py runs/images --data_root PATH           # from local copies under their Hub ids
     python examples/build_network_zoo.py runs/published --protocol published --seeds 10
+    python examples/build_network_zoo.py runs/text-heads --architecture linear --seeds 20   # heads on sentences
     torchrun --nproc_per_node 4 examples/build_network_zoo.py runs/images    # four processes share the work
     python examples/build_network_zoo.py runs/images --jobs 8 --cluster slurm --job_args slurm_partition=cpu timeout_min=240
 
@@ -17,12 +18,15 @@ from pathlib import Path
 from hf_weightgen.targets.tasks import IMAGE_TASKS, get_task
 from hf_weightgen.zoo.build_networks import PROTOCOLS, NetworkZooConfig, build_network_zoo
 from hf_weightgen.zoo.folder import load_zoo
+from hf_weightgen.zoo.recipe import default_tasks
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=list(IMAGE_TASKS), help=f"Of {list(IMAGE_TASKS)}.")
+    parser.add_argument(
+        "--tasks", nargs="+", help=f"Of {list(IMAGE_TASKS)}, or texts for heads. Default: all that there are."
+    )
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--architecture", default="tiny-cnn")
     parser.add_argument("--protocol", default="short", choices=list(PROTOCOLS))
@@ -34,7 +38,11 @@ def main():
     config = NetworkZooConfig(
         architecture=args.architecture, protocol=args.protocol, seeds=args.seeds, held_out=args.seeds // 5
     )
-    build = partial(build_network_zoo, list(map(get_task, args.tasks)), args.folder.resolve(), config, args.data_root)
+    known = (
+        {task.name: task for task in default_tasks()[0] if not task.is_pair} if config.reads_features else IMAGE_TASKS
+    )
+    tasks, cache = list(map(get_task, args.tasks or known)), args.folder.resolve().parent / "features"
+    build = partial(build_network_zoo, tasks, args.folder.resolve(), config, args.data_root, cache=cache)
     if args.jobs:
         run_jobs(build, args)
     else:

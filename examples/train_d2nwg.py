@@ -38,8 +38,8 @@ from hf_weightgen.training.d2nwg import (
     scaled_latents,
 )
 from hf_weightgen.training.dataset_encoder import SHOTS, JointDenoiser, dataset_loss
-from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.predictor import GuidanceLoss, ScoredRows, guiding_rows, predictor_loss, summed
 from hf_weightgen.training.sources import Source, digits_source, text_source
@@ -57,6 +57,7 @@ def parse_args():
     )
     add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
     add("--data_root", help="Folder with datasets under their Hub ids, from which networks learn and are tested.")
+    add("--cache", default="runs/features", help="Folder for sentences as heads read them.")
     add(
         "--output_dir",
         type=Path,
@@ -307,9 +308,17 @@ def load_source(args, encoder, bf16: bool) -> Source:
     """What training needs of `--zoo`, of whichever kind it is."""
     if args.zoo is None:
         return digits_source(encoder, args.networks, args.seed)
-    if len(args.zoo) == 1 and "base_model" in load_zoo(args.zoo[0])[0]["arch"]:
+    kind = kind_of(args.zoo[0])
+    if kind == "adapters" and len(args.zoo) == 1:
         return text_source(encoder, args.zoo[0], args.data_root, bf16)
-    return image_source(encoder, load_image_encoder(args.image_encoder), args.zoo, args.data_root)
+    seen = None if kind == "heads" else load_image_encoder(args.image_encoder)
+    return network_source(encoder, seen, args.zoo, args.data_root, cache=args.cache)
+
+
+def kind_of(zoo: str) -> str:
+    """What a zoo holds: `adapters`, networks on `images`, or `heads` on what an encoder says of sentences."""
+    arch = load_zoo(zoo)[0]["arch"]
+    return "adapters" if "base_model" in arch else "images" if len(arch["input_shape"]) == 3 else "heads"
 
 
 def judged(args, accelerator: Accelerator, source: Source, reconstructed: torch.Tensor) -> tuple[dict, bool]:

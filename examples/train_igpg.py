@@ -24,12 +24,11 @@ from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
 from hf_weightgen.training.igpg import COLDEST, VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
-from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.sources import Source, text_source
-from hf_weightgen.zoo.folder import load_zoo
-from train_d2nwg import figures, judged, load_source
+from train_d2nwg import figures, judged, kind_of, load_source
 
 
 FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, which a few codes cannot take away
@@ -41,6 +40,7 @@ def parse_args():
     add("--zoo", nargs="+", help="As of train_d2nwg.py. Default: small networks on digits, built on the spot.")
     add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
     add("--data_root", help="Folder with datasets under their Hub ids.")
+    add("--cache", default="runs/features", help="Folder for sentences as heads read them.")
     add("--output_dir", type=Path, default=Path("runs/igpg"), help="Checkpoints, results and `pipeline/`.")
     add("--networks", type=int, default=1024, help="Networks per digit task.")
     add("--num_codes", type=int, default=512, help="Codes of each codebook.")
@@ -180,16 +180,22 @@ def main():
 
 
 def load_sources(args, encoder, bf16: bool) -> Source:
-    """What training needs of all zoos: those of networks on images are one source, one of adapters is another."""
-    adapters = [zoo for zoo in args.zoo or () if "base_model" in load_zoo(zoo)[0]["arch"]]
-    networks = [zoo for zoo in args.zoo or () if zoo not in adapters]
-    if len(adapters) > 1:
-        raise SystemExit(f"--zoo: one zoo of adapters trains a generator, got {adapters}.")
-    if not adapters or not networks:
+    """What training needs of all zoos: those of networks on images are one source, of heads on texts one, of adapters one."""
+    kinds = {"images": [], "heads": [], "adapters": []}
+    for zoo in args.zoo or ():
+        kinds[kind_of(zoo)].append(zoo)
+    if len(kinds["adapters"]) > 1:
+        raise SystemExit(f"--zoo: one zoo of adapters trains a generator, got {kinds['adapters']}.")
+    if sum(map(bool, kinds.values())) < 2:
         return load_source(args, encoder, bf16)
-    texts = text_source(encoder, adapters[0], args.data_root, bf16)
-    seen = load_image_encoder(args.image_encoder)
-    return joined([image_source(encoder, seen, networks, args.data_root, texts.tokenizer.token_size), texts])
+    sources = [text_source(encoder, zoo, args.data_root, bf16) for zoo in kinds["adapters"]]
+    size = sources[0].tokenizer.token_size if sources else encoder.model.config.hidden_size + 1
+    if kinds["heads"]:
+        sources.insert(0, network_source(encoder, None, kinds["heads"], args.data_root, size, args.cache))
+    if kinds["images"]:
+        seen = load_image_encoder(args.image_encoder)
+        sources.insert(0, network_source(encoder, seen, kinds["images"], args.data_root, size))
+    return joined(sources)
 
 
 def sizes_of_codes(source, codes: torch.Tensor, num_codes: int) -> dict:

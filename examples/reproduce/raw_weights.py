@@ -26,8 +26,8 @@ from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
 from hf_weightgen.targets.base_models import MINILM, load_encoder
 from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.training.d2nwg import encode, fit_latent_scale, make_schedulers, scaled_latents
-from hf_weightgen.training.image_source import image_source
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.training.sources import decode_rows, digits_source
 
@@ -53,7 +53,7 @@ def main():
     if args.zoo is None:
         source = digits_source(encoder, args.networks, args.seed)
     else:
-        source = image_source(encoder, load_image_encoder(args.image_encoder), [args.zoo], args.data_root)
+        source = network_source(encoder, load_image_encoder(args.image_encoder), [args.zoo], args.data_root)
     zoo, rows = source.train, []
     noise_scheduler, scheduler = make_schedulers("v_prediction")
 

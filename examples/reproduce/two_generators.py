@@ -17,6 +17,7 @@ import torch
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import Predictor, zoo_members
 from hf_weightgen.evaluation.table import write_results
+from hf_weightgen.targets.mixed import target_numbers
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 
@@ -42,14 +43,16 @@ def main():
     names = args.tasks or [name for name in known[0] if name in known[1]]
     specs = [get_task(name) for name in names]
     data, (members, held_out, seeds, _) = load_tasks(specs, args.data_root), zoo_members(args.zoo)
-    predict, rows = Predictor(pipes[0].config.target), []
+    adapters = [target for target in pipes[0].targets if target["kind"] == "adapter"]
+    predict, rows = Predictor(adapters[0]), []
     for spec in specs:
         test = evaluation_subset(data[spec.name].test, args.test_rows)
         labels = torch.tensor(list(test["label"]))
         for pipe in pipes:
             generator, start = torch.Generator().manual_seed(args.seed), time.perf_counter()
             prompts = [spec.prompts[i % len(spec.prompts)] for i in range(args.n)]
-            made = pipe(prompts, labels=list(spec.labels), generator=generator).weights
+            asked = {"labels": list(spec.labels), "architecture": adapter_of(pipe, spec.name)}
+            made = pipe(prompts, **asked, generator=generator).weights
             seconds = (time.perf_counter() - start) / args.n
             rows.append(row(spec.name, type(pipe).__name__, made, predict(made, test), labels) | {"seconds": seconds})
         last = dict(zip(seeds[spec.name], members[spec.name], strict=True))  # of each run, whose rows are in order
@@ -66,6 +69,13 @@ def main():
     paired = torch.tensor(ours) - torch.tensor(other)
     error = (paired.std() / len(paired) ** 0.5).item()
     print(f"difference of the first two: {paired.mean():+.2f} ± {error:.2f} (standard error over tasks)")
+
+
+def adapter_of(pipe, task: str) -> str | None:
+    """By which name a task's adapter is asked for, where it has other networks too."""
+    known = next(one for one in pipe.config.tasks if one["name"] == task)
+    own = [pipe.targets[number] for number in target_numbers(known)]
+    return None if len(own) == 1 else next(target["name"] for target in own if target["kind"] == "adapter")
 
 
 def row(task: str, method: str, made: list, predictions: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -15,9 +15,13 @@ from tiny import LORA, MINILM, adapter, random
 
 
 WIDE = FEW_CLASSES + 2
-TASKS = {"images": {"light": 3, "dark": 2}, "texts": {"film": 2, "bank": WIDE, "start": WIDE}}
+TASKS = {
+    "images": {"light": 3, "dark": 2},
+    "texts": {"film": 2, "bank": WIDE, "start": WIDE},
+    "heads": {"film": 2, "book": 3},
+}
 ROWS, SIZE = 3, 385
-NETWORKS = {"light": {"body": (5, 7)}, "dark": {"first": (4,), "second": (2, 9)}}
+NETWORKS = {"light": {"body": (5, 7)}, "dark": {"first": (4,), "second": (2, 9)}, "film": {}, "book": {"body": (3,)}}
 
 
 def source_of(kind: str, steps: int) -> Source:
@@ -40,11 +44,12 @@ def source_of(kind: str, steps: int) -> Source:
     train = ZooTensors.of(tokenizer, weights, names, embeds, prompts, {t: t for t in prompts}, start)
     known = [{"name": t, "labels": [str(i) for i in range(n)]} for t, n in TASKS[kind].items() if t != "start"]
     known, thresholds = known_tasks(known, [[prompts[task["name"]]] for task in known])
-    targets, target = None, {"kind": "adapter", "base_model": MINILM, "lora": LORA}
-    if kind == "images":
+    targets, target = None, {"kind": "adapter", "name": "lora", "base_model": MINILM, "lora": LORA}
+    if kind != "texts":
         layouts = [int(train.layout_of[train.task_of == t][0]) for t in range(2)]
         targets = [
-            {"kind": "network", "name": t, "config": {}, "layout": k} for t, k in zip(known, layouts, strict=True)
+            {"kind": "network", "name": f"net of {kind}", "config": {"of": t}, "layout": k}
+            for t, k in zip(TASKS[kind], layouts, strict=True)
         ]
         target = targets[0]
         known = [{**task, "target": number} for number, task in enumerate(known)]
@@ -87,7 +92,7 @@ def parts() -> list[Source]:
 
 def test_rows_are_the_networks_that_they_were(parts):
     whole, first = joined(parts), 0
-    assert whole.train.tasks == [task for tasks in TASKS.values() for task in tasks]
+    assert whole.train.tasks == [*TASKS["images"], *TASKS["texts"]]
     assert whole.train.prompted_tasks == whole.train.tasks[:-1]
     assert whole.train.start == len(whole.train) - 1 and len(whole.train) == 4 * ROWS + 1
     weights = whole.state_dicts(whole.train, whole.train.weight_tokens)
@@ -164,9 +169,27 @@ def test_datasets_ask_for_the_tasks_that_have_them(parts):
     assert any((conditions[:, 1].norm(dim=-1) > 0).any() for _, conditions, _ in seen)
 
 
+def test_a_task_of_two_sources_is_one_task_in_two_architectures(parts):
+    images, texts = parts
+    heads = source_of("heads", 3)
+    whole = joined([images, heads, texts])
+    assert whole.train.tasks == ["light", "dark", "film (net of heads)", "book", "film (lora)", "bank", "start"]
+    assert whole.held_out.tasks == whole.train.tasks and whole.targets_of_tasks == [0, 1, 2, 3, 4, 4, 4]
+    numbers = {task["name"]: task.get("targets", task.get("target")) for task in whole.known_tasks}
+    assert numbers == {"light": 0, "dark": 1, "film": [2, 4], "book": 3, "bank": 4}
+    assert whole.asked_for("film (lora)") == {"labels": ["0", "1"], "architecture": "lora"}
+    assert whole.asked_for("film (net of heads)")["architecture"] == "net of heads"
+    assert whole.asked_for("bank") == {"labels": [str(i) for i in range(WIDE)]}
+    for task, expected in {"film (lora)": 7, "film (net of heads)": 3, "dark": 5}.items():
+        assert whole.score([{}], task).tolist() == [expected]
+    for task, own in {"film (lora)": texts, "film (net of heads)": heads}.items():
+        for found, known in zip(whole.members(task), own.members("film"), strict=True):
+            assert found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)
+
+
 def test_sources_that_do_not_fit_are_refused(parts):
     images, texts = parts
-    with pytest.raises(ValueError, match="Two sources have the task 'light'"):
+    with pytest.raises(ValueError, match=r"Two sources have the task 'light \(net of images\)'"):
         joined([images, images])
     with pytest.raises(ValueError, match="shared start must be the last"):
         joined([texts, images])

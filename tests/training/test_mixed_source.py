@@ -21,7 +21,7 @@ from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.d2nwg import calibrate_noise, encode, fit_latent_scale, reconstruct, scaled_latents
 from hf_weightgen.training.dataset_encoder import dataset_loss
-from hf_weightgen.training.image_source import image_source
+from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.objectives import diffusion_loss, vae_loss
 from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
@@ -71,7 +71,7 @@ def sees(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(zoos, encoder, sees):
-    return image_source(encoder, sees, zoos, None)
+    return network_source(encoder, sees, zoos, None)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_reconstructions_are_scored_by_pair(pipe, source):
 
 
 def test_one_of_the_zoos_alone_tells_no_architecture(zoos, encoder, sees):
-    alone = image_source(encoder, sees, zoos[:1], None)
+    alone = network_source(encoder, sees, zoos[:1], None)
     assert alone.train.architecture_codes is None and alone.train.tasks == list(ASKED)
     assert [task["target"] for task in alone.known_tasks] == [0, 1]
     assert alone.asked_for("grey") == {"labels": ["dark", "light"]}
@@ -277,10 +277,10 @@ def test_one_of_the_zoos_alone_tells_no_architecture(zoos, encoder, sees):
 
 def test_zoos_that_do_not_go_together_are_refused(zoos, encoder, sees, tmp_path):
     with pytest.raises(ValueError, match="both have 'small' networks of the task 'colour'; give one of them"):
-        image_source(encoder, sees, [zoos[0], zoos[1], zoos[0]], None)
+        network_source(encoder, sees, [zoos[0], zoos[1], zoos[0]], None)
     ZooFolder(tmp_path / "adapters").add("group", rows_of("a"))
     with pytest.raises(ValueError, match="holds no networks on images: .* give another zoo alone"):
-        image_source(encoder, sees, [zoos[0], str(tmp_path / "adapters")], None)
+        network_source(encoder, sees, [zoos[0], str(tmp_path / "adapters")], None)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hf_weightgen.targets.architectures import TargetModel, architecture, resnet
 from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.targets.symmetry import BUFFERS
 from hf_weightgen.training.batches import StepRandom
-from hf_weightgen.training.image_source import image_source
+from hf_weightgen.training.network_source import network_source
 from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
 from hf_weightgen.zoo.folder import load_zoo
@@ -47,7 +47,7 @@ def build(spec, tmp_path, tensors: str) -> str:
 @pytest.mark.parametrize("tensors", ["norms", "all"])
 def test_parts_of_networks_are_scored_with_the_rest_of_the_base(encoder, tmp_path, task, tensors):
     spec, config = task
-    source = image_source(
+    source = network_source(
         encoder, load_image_encoder(str(image_encoder(tmp_path))), [build(spec, tmp_path, tensors)], None
     )
 
@@ -73,7 +73,7 @@ def test_beside_a_trajectory_independent_networks_are_asked_what_they_do(encoder
     settings = NetworkZooConfig(architecture="other", seeds=3, held_out=1, keep=1, group=3)
     small = str(build_network_zoo([spec], tmp_path / "small", settings, progress=False).path)
     zoos = [build(spec, tmp_path, "norms"), small]
-    source = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), zoos, None)
+    source = network_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), zoos, None)
     train = source.train
     assert train.tasks == ["task (small)", "task (other)"]
     run, other = (int(train.layout_of[train.task_of == t][0]) for t in range(2))
@@ -82,7 +82,7 @@ def test_beside_a_trajectory_independent_networks_are_asked_what_they_do(encoder
     tokens = train.weight_tokens[index].clone().requires_grad_()
     source.task_loss(tokens, None, index, StepRandom(0, 0, 2, slice(None))).backward()
     assert not tokens.grad[0].any() and tokens.grad[1].any()
-    alone = image_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [small], None)
+    alone = network_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [small], None)
     for name in ("score", "validate"):  # on all images, and by the same means as without the trajectory
         scores = [
             getattr(one, name)(one.members(task), task).tolist()

@@ -310,8 +310,10 @@ def resnet(depth: int) -> list[dict]:
     return [first, {"kind": "norm", "name": "bn1"}, ACTIVATION, *blocks, {"kind": "mean_pool"}]
 
 
-# name -> layers, activation, and the sides of its images
+# name -> layers, activation, and the sides of its images, or none of what reads features
 NAMED = {
+    "linear": ([], "relu", None),
+    "mlp-head": (mlp(64), "relu", None),
     "tiny-cnn": (cnn((8, 6, 4), (5, 5, 2), (True, True, False), (20,)), "tanh", 28),  # Tiny Model Zoo: 2,464 weights
     "cnn2": (cnn((16, 32), (3, 3), (True, True), (20,)), "relu", 32),
     "cnn3": (
@@ -328,10 +330,10 @@ NAMED = {
 def architecture(name: str, num_classes: int = 10, channels: int = 3, **settings) -> TargetConfig:
     """
     The configuration of a network by its name: `tiny-cnn`, `cnn2`, `cnn3`, `lenet`, `small-lenet`, `mlp`, or `resnetN` with N = 20,
-    32, 44, 56, ...
+    32, 44, 56, ...; of what reads features `linear` or `mlp-head`.
 
     Args:
-        channels: Of the images.
+        channels: Of the images, or how many features there are.
         settings: Override what the name stands for, such as `activation`.
 
     Raises:
@@ -341,5 +343,6 @@ def architecture(name: str, num_classes: int = 10, channels: int = 3, **settings
     if found is None and name not in NAMED:
         raise ValueError(f"There is no architecture {name!r}; choose one of {[*NAMED, 'resnet20']}.")
     layers, activation, side = (resnet(int(found[1])), "relu", 32) if found else NAMED[name]
-    settings = {"input_shape": [channels, side, side], "layers": layers, "activation": activation} | settings
+    shape = [channels] if side is None else [channels, side, side]
+    settings = {"input_shape": shape, "layers": layers, "activation": activation} | settings
     return TargetConfig(num_classes=num_classes, **settings)

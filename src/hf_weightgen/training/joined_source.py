@@ -1,8 +1,11 @@
-"""Zoos of different kinds as one: adapters for a text encoder beside networks on images, for one generator of all.
+"""Zoos of different kinds as one: adapters for a text encoder and heads on it beside networks on images, for one generator.
+
+A task that several of them have is one task in several architectures.
 
 Notation: T body tokens of all layouts side by side, C classes (padded), S scalars per token, of one source or of all.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from ..targets.mixed import target_numbers
 from ..weights.tokenization import WeightTokenizer
 from .batches import StepRandom, ZooTensors
-from .sources import Source
+from .sources import Source, in_architecture
 
 
 def joined(sources: Sequence[Source]) -> Source:
@@ -25,15 +28,12 @@ def joined(sources: Sequence[Source]) -> Source:
         sources: Those with examples of datasets first; the last one alone may have a shared start.
 
     Raises:
-        ValueError: If token sizes differ, two sources have the same task, or the order is another.
+        ValueError: If token sizes differ, two sources have the same task in architectures of one name, or the order is another.
     """
     sizes = [source.tokenizer.token_size for source in sources]
     if len(set(sizes)) > 1:
         raise ValueError(f"Sources must have tokens of one size, got {sizes}.")
-    names = [task for source in sources for task in source.train.tasks]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"Two sources have the task {twice!r}; leave one of them out.")
+    names = _names(sources)
     if any(source.train.start is not None for source in sources[:-1]):
         raise ValueError("A source with a shared start must be the last one.")
     shown = [source.features is not None for source in sources]
@@ -42,16 +42,23 @@ def joined(sources: Sequence[Source]) -> Source:
     tokenizer = WeightTokenizer(sizes[0], [layout for s in sources for layout in s.tokenizer.to_dict()["layouts"]])
     parts = _parts(sources)
     targets, target_of, known = _targets(sources, parts)
-    train = _rows([source.train for source in sources], parts)
+    asked = {name: (source, own) for source, of in zip(sources, names, strict=True) for own, name in of.items()}
+
+    def rows(zoos: Sequence[ZooTensors]) -> ZooTensors:
+        return replace(_rows(zoos, parts), tasks=list(asked))
 
     def score(state_dicts: Sequence[Mapping[str, Tensor]], task: str) -> Tensor:
-        return next(source for source in sources if task in source.train.tasks).score(state_dicts, task)
+        source, own = asked[task]
+        return source.score(state_dicts, own)
+
+    def renamed(kept: str) -> dict:
+        return {name: getattr(s, kept)[own] for name, (s, own) in asked.items() if own in getattr(s, kept)}
 
     return replace(
         sources[0],
         tokenizer=tokenizer,
-        train=train,
-        held_out=_rows([source.held_out for source in sources], parts),
+        train=rows([source.train for source in sources]),
+        held_out=rows([source.held_out for source in sources]),
         runs=[[part.rows.start + r for r in run] for s, part in zip(sources, parts, strict=True) for run in s.runs],
         target=targets[0],
         targets=targets,
@@ -67,12 +74,30 @@ def joined(sources: Sequence[Source]) -> Source:
         task_reconstruction=[weight for source in sources for weight in source.reconstruction_weights],
         task_learning_rate=min(source.task_learning_rate for source in sources),
         name_projection=next((s.name_projection for s in sources if s.name_projection is not None), None),
-        majority={task: share for source in sources for task, share in source.majority.items()},
-        zoo_scores={task: mean for source in sources for task, mean in source.zoo_scores.items()},
+        majority=renamed("majority"),
+        zoo_scores=renamed("zoo_scores"),
         samples=min(source.samples for source in sources),
         features=[own for source in sources for own in source.features or ()] or None,
         image_encoder=next((s.image_encoder for s in sources if s.image_encoder is not None), None),
     )
+
+
+def _names(sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Of each source the names of its tasks, and their names among all: with that of the architecture where others have it too."""
+    every = Counter(task for source in sources for task in source.train.tasks)
+    names = []
+    for source in sources:
+        targets = source.targets or [source.target]
+        of_tasks = [targets[number].get("name") for number in source.targets_of_tasks]
+        pairs = zip(source.train.tasks, of_tasks, strict=True)
+        names.append({task: task if every[task] == 1 else in_architecture(task, name) for task, name in pairs})
+    told = [name for of in names for name in of.values()]
+    if len(set(told)) < len(told):
+        twice = next(name for name in told if told.count(name) > 1)
+        raise ValueError(
+            f"Two sources have the task {twice!r} in an architecture of the same name; leave one of them out."
+        )
+    return names
 
 
 @dataclass(frozen=True)
@@ -142,18 +167,20 @@ def _datasets(zoo: ZooTensors) -> Tensor:
 
 
 def _targets(sources: Sequence[Source], parts: Sequence[_Part]) -> tuple[list[dict], list[int], list[dict]]:
-    """All targets, the number of that of each task, and known tasks with the numbers of theirs."""
-    targets, target_of, known = [], [], []
+    """All targets, the number of that of each task, and known tasks with the numbers of theirs, one for all that have its name."""
+    targets, target_of, known = [], [], {}
     for source, part in zip(sources, parts, strict=True):
         before = len(targets)
         own = source.targets or [{"layout": 0, **source.target}]
         targets += [{**target, "layout": part.layout + target["layout"]} for target in own]
         target_of += [before + number for number in source.targets_of_tasks]
         for task in source.known_tasks:
-            numbers = [before + number for number in target_numbers(task)]
+            same, numbers = known.get(task["name"]), [before + number for number in target_numbers(task)]
+            if same is not None:
+                task, numbers = same, target_numbers(same) + numbers
             rest = {name: value for name, value in task.items() if name not in ("target", "targets")}
-            known.append(rest | ({"target": numbers[0]} if len(numbers) == 1 else {"targets": numbers}))
-    return targets, target_of, known
+            known[task["name"]] = rest | ({"target": numbers[0]} if len(numbers) == 1 else {"targets": numbers})
+    return targets, target_of, list(known.values())
 
 
 class _Dispatched:

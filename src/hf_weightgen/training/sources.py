@@ -140,7 +140,8 @@ class Source:
 
     def _is_of(self, number: int, known: Mapping) -> bool:
         """Whether a task of `train` is a known task, in one of its architectures."""
-        return known["name"] == self.train.tasks[number] or self.targets_of_tasks[number] in known.get("targets", ())
+        target = (self.targets or [self.target])[self.targets_of_tasks[number]]
+        return self.train.tasks[number] in (known["name"], in_architecture(known["name"], target.get("name")))
 
     def asked_for(self, task: str) -> dict:
         """What a call of the pipeline says of a task of `train` beside its condition: `labels`, and its `architecture` where
@@ -181,6 +182,11 @@ class Source:
         rows = torch.nonzero(self.train.task_of == self.train.tasks.index(task)).flatten()
         counts = self.train.class_mask[self.train.task_of[rows]].sum(1)
         return decode_rows(self.tokenizer, self.train.weight_tokens[rows], self.train.layout_of[rows], counts)
+
+
+def in_architecture(task: str, name: str) -> str:
+    """What a task is called among the rows of a zoo, where it has several architectures."""
+    return f"{task} ({name})"
 
 
 def decode_rows(
@@ -349,6 +355,7 @@ def text_source(encoder: TextEncoder, zoo: str, data_root: str | None, bf16: boo
         runs,
         {
             "kind": "adapter",
+            "name": "lora",
             "base_model": MINILM,
             "lora": lora_settings(),
         },

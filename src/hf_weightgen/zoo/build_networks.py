@@ -1,4 +1,4 @@
-"""Builds a zoo of small networks on images: seeds x late checkpoints x tasks, a group of seeds trained at once.
+"""Builds a zoo of small networks on images, or of heads on sentences as a frozen encoder sees them: seeds x late checkpoints x tasks, a group of seeds trained at once.
 
 The Tiny Model Zoo's networks (https://huggingface.co/papers/2209.14764) with their published initialisation, activation
 and optimiser of each dataset: in their published protocol, or by default in a short one, which is told in every row.
@@ -17,8 +17,10 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from ..targets.architectures import TargetConfig, architecture
+from ..targets.base_models import MINILM, TextEncoder, load_encoder
 from ..targets.stacked import unstack
 from ..targets.tasks import TaskSpec
+from .features import load_texts
 from .folder import ZooFolder
 from .images import ImageData, load_images
 from .networks import initial, keep_memory, predict_networks, train_networks
@@ -54,6 +56,7 @@ PUBLISHED = {  # D2NWG reads epochs 21 to 25 (appendix D.1); Fashion-MNIST, of w
 SHORT = {name: replace(known, lr=6.4 * known.lr, batch_size=64, epochs=10) for name, known in PUBLISHED.items()}
 SHORT["svhn"] = Protocol("tanh", "kaiming_uniform", 3e-3, batch_size=64, epochs=30)
 PROTOCOLS = {"short": SHORT, "published": PUBLISHED}
+HEAD = Protocol("relu", "default", 1e-2, weight_decay=1e-2, batch_size=64, epochs=20)  # of all heads on features
 TINY = "tiny-cnn"  # the protocols' network; a LeNet that starts in U(0, 1) stays at one answer in five
 BIAS = 0.01  # all biases start with it
 
@@ -63,7 +66,7 @@ class NetworkZooConfig:
     """
     Args:
         architecture: See [`~targets.architectures.architecture`].
-        protocol: One of [`PROTOCOLS`]; other networks than the tiny CNN start with `kaiming_uniform`.
+        protocol: One of [`PROTOCOLS`]; other networks than the tiny CNN start with `kaiming_uniform`. Heads have one of their own.
         seeds, held_out: Networks per task, and how many of them, the last ones, train no generator.
         keep: How many of the last epochs are kept.
         group: Networks that are trained at once, in one order of the images.
@@ -79,6 +82,11 @@ class NetworkZooConfig:
     epochs: int | None = None
     seed: int = 0
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether networks are heads, which read sentences as a frozen encoder sees them."""
+        return len(architecture(self.architecture).input_shape) == 1
+
     def of(self, task: str) -> Protocol:
         """
         How the networks of a task are trained.
@@ -89,10 +97,12 @@ class NetworkZooConfig:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"`protocol` must be one of {list(PROTOCOLS)}, got {self.protocol!r}.")
         known = PROTOCOLS[self.protocol]
+        if self.reads_features:
+            known = {task: HEAD}
         if task not in known:
             raise ValueError(f"Task {task!r} has no protocol; there are {list(known)}.")
         found = known[task] if self.epochs is None else replace(known[task], epochs=self.epochs)
-        if self.architecture != TINY:
+        if self.architecture != TINY and not self.reads_features:
             found = replace(found, init="kaiming_uniform")
         if not 0 < self.keep <= found.epochs:
             raise ValueError(f"`keep` must be 1 to {found.epochs} epochs, got {self.keep}.")
@@ -106,12 +116,15 @@ def build_network_zoo(
     data_root: str | Path | None = None,
     progress: bool = True,
     share: tuple[int, int] | None = None,
+    encoder: TextEncoder | None = None,
+    cache: str | Path | None = None,
 ) -> ZooFolder:
     """
     Trains what is missing of a zoo in `folder`; calling it again continues.
 
     Args:
         share: `(i, n)`: the i-th of n workers, which split the groups. Default: those of `accelerate launch` or `torchrun`.
+        encoder, cache: Of heads: what sees the sentences, and a folder for what it saw.
 
     Raises:
         ValueError: If a task has no protocol, or the folder holds a zoo of another configuration.
@@ -124,8 +137,10 @@ def build_network_zoo(
     check_same_config(folder.path, asdict(config))
     write_config(folder.path, asdict(config))
     keep_memory()
-    side = architecture(config.architecture).input_shape[1]
-    data = load_images(specs, data_root, side)
+    if config.reads_features:
+        data = load_texts(specs, encoder or load_encoder(MINILM), data_root, cache)
+    else:
+        data = load_images(specs, data_root, architecture(config.architecture).input_shape[1])
     done = folder.finished()
     groups = [
         (spec, list(range(start, min(start + config.group, config.seeds))))

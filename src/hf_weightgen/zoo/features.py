@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 from ..targets.base_models import TextEncoder
 from ..targets.image_encoders import ImageEncoder
 from ..targets.tasks import TaskSpec, get_task
-from .images import load_images
-from .tasks import load_tasks
+from .images import ImageData, Images, load_images
+from .tasks import evaluation_subset, load_tasks
 
 
 PER_CLASS = 100
 FEWEST = 20  # of a class: what has less is left out
 FEW_CLASSES = 10
+MOST_TEXTS = 2000  # of a split that a head reads, or is scored on
 ALIKE = 0.5  # cosine from which two class names may mean the same
 
 
@@ -50,6 +51,13 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+
+class EncodedTexts(ImageData):
+    """A text task as a frozen encoder sees it: features `(n, F)` in the place of pixels, which networks read as they are."""
+
+    def inputs(self, images: Images) -> Tensor:
+        return images.pixels
 
 
 @dataclass
@@ -142,10 +150,7 @@ def embed_sets(
     Raises:
         ValueError: If two texts make an example, or fewer than two classes have [`FEWEST`] examples.
     """
-    specs = list(specs)
-    pairs = [spec.name for spec in specs if spec.is_pair]
-    if pairs:
-        raise ValueError(f"Task {pairs[0]!r} has two texts per example, a frozen encoder reads one.")
+    specs = _of_one_text(specs)
     images = isinstance(encoder, ImageEncoder)
     data = (load_images if images else load_tasks)(specs, data_root)
     sets = {}
@@ -192,6 +197,43 @@ def _picked(labels: Tensor, classes: int, per_class: int) -> dict[int, Tensor]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rows = {c: order[labels[order] == c][:per_class] for c in range(classes)}
     return {c: own for c, own in rows.items() if len(own) >= FEWEST}
+
+
+def load_texts(
+    specs: Iterable[TaskSpec],
+    encoder: TextEncoder,
+    data_root: str | Path | None = None,
+    cache: str | Path | None = None,
+    limit: int | None = MOST_TEXTS,
+) -> dict[str, EncodedTexts]:
+    """
+    Text tasks as images are given to networks, see [`~zoo.images.load_images`], without those that are read by none.
+
+    Args:
+        data_root, cache: As of [`embed_sets`].
+        limit: Sentences of each split that are encoded at most, see [`~zoo.tasks.evaluation_subset`].
+
+    Raises:
+        ValueError: If two texts make an example.
+    """
+    specs = _of_one_text(specs)
+    data, found = load_tasks(specs, data_root), {}
+    for spec in tqdm(specs, desc="encode", unit="task"):
+        own, parts = data[spec.name], []
+        for rows in (own.train, own.validation, own.test):
+            rows = evaluation_subset(rows, limit)
+            seen = _remembered(encoder, rows["text"][:], cache)
+            parts.append(Images(seen, torch.tensor(rows["label"][:]), [b""] * len(rows)))
+        found[spec.name] = EncodedTexts(spec, *parts, [], [], own.removed_duplicates, own.data_revision)
+    return found
+
+
+def _of_one_text(specs: Iterable[TaskSpec]) -> list[TaskSpec]:
+    specs = list(specs)
+    pairs = [spec.name for spec in specs if spec.is_pair]
+    if pairs:
+        raise ValueError(f"Task {pairs[0]!r} has two texts per example, a frozen encoder reads one.")
+    return specs
 
 
 def _remembered(encoder: TextEncoder | ImageEncoder, inputs: Tensor | list[str], cache: str | Path | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the stages of D2NWG need of zoos of small networks on images, see [`zoo.build_networks`].
+"""What the stages of D2NWG need of zoos of small networks on images, or of heads on sentences, see [`zoo.build_networks`].
 
 One generator for all tasks of the zoos, whatever networks they have: the weights of each layout have token places of their
 own. A task is asked for by prompts or by its dataset; one that has several architectures, also by one of them, and in training
@@ -27,13 +27,14 @@ from ..targets.symmetry import BUFFERS, permutation_spec
 from ..targets.tasks import TaskSpec, get_task
 from ..weights.permutation import align
 from ..weights.tokenization import WeightTokenizer
+from ..zoo.features import load_texts
 from ..zoo.folder import load_zoo
 from ..zoo.images import ImageData, Images, load_images
 from ..zoo.networks import keep_memory, predict_networks, predict_one_by_one
 from ..zoo.schema import zoo_state_dicts
 from .batches import ZooTensors
 from .function_loss import NetworkLoss
-from .sources import Source, known_tasks, told
+from .sources import Source, in_architecture, known_tasks, told
 
 
 TOKEN_SIZE = 64
@@ -79,12 +80,13 @@ class Networks:
         return self.trajectory or self.size > LARGE
 
 
-def image_source(
+def network_source(
     encoder: TextEncoder,
-    images: ImageEncoder,
+    images: ImageEncoder | None,
     zoos: Sequence[str],
     data_root: str | None,
     token_size: int = TOKEN_SIZE,
+    cache: str | None = None,
 ) -> Source:
     """
     Rows of each task with their hidden units matched to those of its first member (weight matching of Git Re-Basin).
@@ -95,23 +97,28 @@ def image_source(
     their own, as there is one run.
 
     Args:
-        images: Sees the examples of a dataset.
+        images: Sees the examples of a dataset. Default: networks are heads that read what `encoder` says of sentences.
         zoos: Folders or Hub ids; where several have a task, the architecture of the first one is the default.
         token_size: Scalars of a token; more where a class needs them.
+        cache: Folder for what the encoder says of sentences.
 
     Raises:
-        ValueError: If a zoo has no networks on images, or two zoos have the same task in the same architecture.
+        ValueError: If a zoo has other networks, or two zoos have the same task in the same architecture.
     """
     keep_memory()
     opened = [load_zoo(zoo) for zoo in zoos]
-    _check(zoos, opened)
+    _check(zoos, opened, 1 if images is None else 3)
     specs = [get_task(name) for name in dict.fromkeys(name for rows in opened for name in rows["task"])]
-    load = functools.cache(lambda side: load_images(specs, data_root, side))
+    if images is None:
+        texts = load_texts(specs, encoder, data_root, cache)
+        load = lambda _: texts  # noqa: E731
+    else:
+        load = functools.cache(lambda shape: load_images(specs, data_root, shape[1]))
     pairs = [pair for rows in opened for pair in _networks(rows, load)]
     numbers = [[t for t, pair in enumerate(pairs) if pair.spec == spec] for spec in specs]  # of each task its pairs
     task_of = [specs.index(pair.spec) for pair in pairs]
     by_name = {
-        pair.spec.name if len(numbers[t]) == 1 else f"{pair.spec.name} ({pair.name})": pair
+        pair.spec.name if len(numbers[t]) == 1 else in_architecture(pair.spec.name, pair.name): pair
         for t, pair in zip(task_of, pairs, strict=True)
     }
 
@@ -188,9 +195,11 @@ def image_source(
         vae_settings = {"kl_weight": 1e-3 * min(1.0, differ)}
     if large:
         vae_settings["token_width"] = max(1, min(32, 500_000 // sum(pair.size for pair in pairs)))
-    seen = of_one_shape(
-        [features(images, pairs[t].data.train, len(spec.labels)) for spec, (t, *_) in zip(specs, numbers, strict=True)]
-    )
+    seen = None
+    if images is not None:
+        seen = of_one_shape(
+            [features(images, pairs[own[0]].data.train, len(s.labels)) for s, own in zip(specs, numbers, strict=True)]
+        )
     measured = [metrics["validation"] for pair in pairs for metrics in pair.metrics]
     starts = itertools.accumulate((len(pair.weights["train"]) for pair in pairs), initial=0)
     source = Source(
@@ -211,12 +220,9 @@ def image_source(
         max_train_steps=2000,
         samples=5 if large else 20,
         targets=targets,
-        features=[seen[t] for t in task_of],
-        image_encoder={
-            "id": MOBILENET,
-            "revision": None,
-            "sha256": weights_sha256(images.model.name_or_path),
-        },
+        features=seen and [seen[t] for t in task_of],
+        image_encoder=images
+        and {"id": MOBILENET, "revision": None, "sha256": weights_sha256(images.model.name_or_path)},
         accuracies=torch.tensor([torch.nan if value is None else value for value in measured]),
         validate=validate,
     )
@@ -228,13 +234,14 @@ def image_source(
     return source
 
 
-def _check(zoos: Sequence[str], opened: Sequence[Dataset]) -> None:
+def _check(zoos: Sequence[str], opened: Sequence[Dataset], axes: int) -> None:
     places: dict[tuple[str, str], str] = {}
     for zoo, rows in zip(zoos, opened, strict=True):
-        if len(rows[0]["arch"].get("input_shape", ())) != 3:
+        if len(rows[0]["arch"].get("input_shape", ())) != axes:
+            kind = "networks on images" if axes == 3 else "heads on features"
             raise ValueError(
-                f"The zoo {zoo!r} holds no networks on images: its first row is {str(rows[0]['arch'])[:80]}. Only zoos of networks "
-                "on images train one generator together; give another zoo alone."
+                f"The zoo {zoo!r} holds no {kind}: its first row is {str(rows[0]['arch'])[:80]}. Only zoos of {kind} train one "
+                "generator together; give another zoo alone."
             )
         tasks = list(rows["task"])
         for task in dict.fromkeys(tasks):
@@ -246,8 +253,8 @@ def _check(zoos: Sequence[str], opened: Sequence[Dataset]) -> None:
             places[pair] = zoo
 
 
-def _networks(zoo: Dataset, load: Callable[[int], dict[str, ImageData]]) -> list[Networks]:
-    """Of each task of a zoo, which has one architecture; `load` gives the images of all tasks in a size."""
+def _networks(zoo: Dataset, load: Callable[[tuple[int, ...]], dict[str, ImageData]]) -> list[Networks]:
+    """Of each task of a zoo, which has one architecture; `load` gives what networks for inputs of a shape read of all tasks."""
     names, split, checkpoints, seeds = (list(zoo[key]) for key in ("task", "split", "checkpoint", "seed"))
     metrics = zoo["metrics"]
     last = max(checkpoint for checkpoint in checkpoints if checkpoint is not None)
@@ -260,7 +267,7 @@ def _networks(zoo: Dataset, load: Callable[[int], dict[str, ImageData]]) -> list
         trajectory = provenance.get("single_trajectory", False)
         config = _config(arch, len(spec.labels))
         units = permutation_spec(config)
-        data = load(config.input_shape[1])[task]
+        data = load(tuple(config.input_shape))[task]
         base, *_ = [*zoo_state_dicts(zoo, where["base"]), {}]
         weights, statistics = {}, []
         for part in PARTS:
@@ -324,10 +331,10 @@ def _config(arch: Mapping, classes: int) -> TargetConfig:
 
 
 def _settings(pair: Networks) -> dict:
-    return {
+    settings = {
         "input_shape": list(pair.config.input_shape),
         "layers": [dict(layer) for layer in pair.config.layers],
         "activation": pair.config.activation,
-        "image_mean": list(pair.data.mean),
-        "image_std": list(pair.data.std),
     }
+    scale = {"image_mean": list(pair.data.mean), "image_std": list(pair.data.std)}
+    return settings | (scale if len(pair.config.input_shape) == 3 else {})

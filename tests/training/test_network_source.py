@@ -17,7 +17,7 @@ from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.d2nwg import encode, fit_latent_scale, reconstruct
 from hf_weightgen.training.dataset_encoder import DRAWS, REPEATS, dataset_loss
-from hf_weightgen.training.image_source import image_source, of_one_shape
+from hf_weightgen.training.network_source import network_source, of_one_shape
 from hf_weightgen.training.objectives import vae_loss
 from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo
@@ -55,7 +55,7 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(zoo, encoder, tmp_path_factory):
-    return image_source(
+    return network_source(
         encoder, load_image_encoder(image_encoder(tmp_path_factory.mktemp("images"))), [str(zoo)], None
     )
 
