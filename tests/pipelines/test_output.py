@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,11 @@ def test_generated_networks_are_models_too(networks, tmp_path):
             )
             assert torch.equal(again(inputs).logits, model(inputs).logits)
         assert "TargetModel" in (folder / "README.md").read_text()
+
+
+def test_a_part_of_a_network_is_no_model(networks, tmp_path):
+    weights = {name: tensor for name, tensor in networks.weights[0].items() if name.startswith("head")}
+    part = replace(networks, weights=[weights, networks.weights[1]])
+    with pytest.raises(ValueError, match="a part of a network, without 'hidden.weight'; load them onto"):
+        part.to_model(0)
+    assert part.to_model(1).config.num_classes == 3

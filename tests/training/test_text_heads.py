@@ -1,20 +1,28 @@
 """Heads on sentences as a frozen encoder sees them: a zoo of them, and what it is as a source."""
 
 import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_weightgen.targets import tasks
+import pictures
+from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
+from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.architectures import TargetModel, architecture
 from hf_weightgen.targets.tasks import TaskSpec
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.network_source import network_source
+from hf_weightgen.zoo import build_networks
 from hf_weightgen.zoo.build_networks import NetworkZooConfig, build_network_zoo, network_of
 from hf_weightgen.zoo.features import load_texts
 from hf_weightgen.zoo.folder import ZooFolder, load_zoo
 from hf_weightgen.zoo.schema import row_to_state_dict
 from rows import adapter, row_of
+from run_network_zoo import PROTOCOL, SMALL
 
 
 FILMS = ("a dull and clumsy film", "a gripping and clever film")
@@ -45,10 +53,14 @@ def zoo(specs, encoder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def source(zoo, specs, encoder, monkeypatch):
+def known(specs, monkeypatch) -> None:
     for spec in specs:
         monkeypatch.setitem(tasks.TASKS, spec.name, spec)
+
+
+@pytest.fixture
+def source(zoo, specs, encoder, monkeypatch):
+    known(specs, monkeypatch)
     return network_source(encoder, None, [str(zoo / "zoo")], None, cache=str(zoo / "seen"))
 
 
@@ -98,3 +110,36 @@ def test_other_networks_are_no_heads(encoder, tmp_path):
     ZooFolder(tmp_path / "adapters").add("one", [row_of(adapter(0), "sst2-s0-c0")])
     with pytest.raises(ValueError, match="holds no heads on features"):
         network_source(encoder, None, [str(tmp_path / "adapters")], None)
+
+
+@pytest.mark.slow
+def test_they_train_alone_and_beside_networks_on_images(zoo, specs, tmp_path, monkeypatch):
+    known(specs, monkeypatch)
+    grey = pictures.in_two_tones(pictures.images(90, 0))
+    grey = pictures.write(tmp_path / "grey", train=grey[:70], test=grey[70:])
+    grey = replace(grey, prompts=("is the picture dark or light", "how bright is it"), family="grey")
+    monkeypatch.setitem(tasks.IMAGE_TASKS, "grey", grey)
+    monkeypatch.setitem(architectures.NAMED, "small", SMALL)
+    monkeypatch.setitem(build_networks.SHORT, "grey", PROTOCOL)
+    small = replace(CONFIG, architecture="small", keep=1)
+    build_network_zoo([grey], tmp_path / "small", small, progress=False)
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(examples)
+
+    def run(script: str, zoos: list, *arguments) -> WeightGenPipeline:
+        given = ["--zoo", *zoos, "--cache", zoo / "seen", "--skip_gate", "--output_dir", tmp_path / script, *arguments]
+        monkeypatch.setattr(sys, "argv", [script, *map(str, given)])
+        runpy.run_path(str(examples / script), run_name="__main__")
+        return WeightGenPipeline.from_pretrained(tmp_path / script / "pipeline")
+
+    steps = [part for name in ("vae", "task", "max_train") for part in (f"--{name}_steps", 2)]
+    pipe = run("train_d2nwg.py", [zoo / "zoo"], *steps)
+    assert pipe("weather in a sentence").to_model()(torch.zeros(1, 384)).logits.shape == (1, 3)
+
+    steps = [part for name in ("vqvae", "task", "dataset", "max_train") for part in (f"--{name}_steps", 2)]
+    encoder = "--image_encoder", pictures.image_encoder(tmp_path)
+    pipe = run("train_igpg.py", [zoo / "zoo", tmp_path / "small"], *encoder, *steps)
+    assert pipe("films in a sentence").to_model()(torch.zeros(1, 384)).logits.shape == (1, 2)
+    assert pipe(grey.prompts[0]).to_model()(torch.zeros(1, 1, 8, 8)).logits.shape == (1, 2)
+    tasks_of = json.loads((tmp_path / "train_igpg.py" / "report.json").read_text())["tasks"]
+    assert list(tasks_of) == ["grey", "films", "weather"]

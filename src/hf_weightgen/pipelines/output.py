@@ -79,6 +79,10 @@ class WeightGenOutput(BaseOutput):
         """
         The network with sample `index` in it, in eval mode: a `PeftModelForSequenceClassification` whose config has
         `id2label`, a [`TargetModel`], or a copy of the caller's own module, with its buffers.
+
+        Raises:
+            IndexError: If there is no such sample.
+            ValueError: If the weights are only a part of a network, as those of a zoo along one training run may be, or do not fit.
         """
         count = len(self.weights)
         if not -count <= index < count:
@@ -97,6 +101,12 @@ class WeightGenOutput(BaseOutput):
         if target["kind"] == "network":
             config = TargetConfig(**target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
             model = TargetModel(config)
+            lacking = [name for name, _ in model.named_parameters() if name not in weights]
+            if lacking:
+                raise ValueError(
+                    f"The weights are a part of a network, without {lacking[0]!r}; load them onto the one whose training the zoo "
+                    "followed, with its `load_state_dict(weights, strict=False)`."
+                )
             model.load_state_dict({**dict(model.named_buffers()), **weights})
             return model.eval()
         base = load_classifier(target["base_model"], len(names), id2label=id2label, label2id=label2id)
