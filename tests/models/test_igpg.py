@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_weightgen.models import modeling_igpg
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from tiny import random
 
@@ -68,6 +69,15 @@ def test_the_cache_changes_nothing(prior, tokens):
         cached = prior.write(**data, generators=drawn())
         assert cached.shape == (2, tokens, 2)
         assert torch.equal(prior.write(**data, generators=drawn(), use_cache=False), cached)
+
+
+def test_of_a_long_network_a_context_is_described_at_once(prior, monkeypatch):
+    data = asked(2, 90)  # 180 codes, of which 59 fit beside the prefix
+    expected, seen, slots = prior.write(**data, generators=generators(2)), [], prior.slots
+    monkeypatch.setattr(modeling_igpg, "AT_ONCE", 7)
+    monkeypatch.setattr(prior, "slots", lambda *described: seen.append(described[0].shape[1]) or slots(*described))
+    assert torch.equal(prior.write(**data, generators=generators(2)), expected)
+    assert max(seen) <= SETTINGS["max_position_embeddings"] // 2 and seen.count(7) > 10
 
 
 def test_what_is_longer_than_the_context_sees_the_tail_of_what_is_there(prior):

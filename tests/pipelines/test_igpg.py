@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_weightgen import IGPGPipeline, LayoutMismatchError, WeightGenPipeline
 from hf_weightgen.hub.untrusted import UntrustedFileError
+from hf_weightgen.models import modeling_igpg
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
@@ -93,6 +95,23 @@ def test_a_stream_of_tensors_is_the_network(pipe, window):
         torch.testing.assert_close(streamed[name], tensor)
     with pytest.raises(LayoutMismatchError, match="with these classes has .* tokens, got codes of"):
         dict(pipe.stream_codes(codes[:-1], 2, class_embeds))
+
+
+def test_what_goes_to_files_is_never_described_as_a_whole(pipe, tmp_path, monkeypatch):
+    asked = {"prompt": "which digit is it", "architecture": "large", "generator": random(0)}
+    expected, described, seen = pipe(**asked).weights[0], Pieces.described, []
+    pipe.vqvae.config.window = 4
+    monkeypatch.setattr(modeling_igpg, "AT_ONCE", 4)
+    config = pipe.prior.config
+    config.max_position_embeddings, config.tail = 5 + 4 * config.codes_per_token, 2
+
+    def spied(self, class_embeds, part=slice(None)):
+        seen.append(part.stop - part.start)  # of a whole network there is neither
+        return described(self, class_embeds, part)
+
+    monkeypatch.setattr(Pieces, "described", spied)
+    pipe(**asked | {"output_type": "codes"}, save_directory=tmp_path)
+    assert max(seen) <= 5 and load_file(tmp_path / "model.safetensors").keys() == expected.keys()
 
 
 def test_what_is_in_the_folder_of_shards_stays_but_for_earlier_shards(pipe, tmp_path):

@@ -34,6 +34,10 @@ def test_pieces_hold_all_scalars_and_come_back(shapes, width, classes, parts, wi
     assert mask.sum() == sum(tensor.numel() for tensor in network.values())
     assert torch.equal(pieces.join(cut), encoded["weight_tokens"])
     assert torch.equal(torch.cat(list(pieces.join_stream(cut[0].split(window)))), encoded["weight_tokens"][0])
+    names = torch.randn(2, classes + 1, 3, generator=draw)  # of more classes than this network has
+    every, parts = pieces.described(names), [slice(k, k + window) for k in range(0, len(pieces), window)]
+    for whole, told in zip(every, zip(*(pieces.described(names, part) for part in parts), strict=True), strict=True):
+        assert whole.shape[:2] == (2, len(pieces)) and torch.equal(torch.cat(told, 1), whole)
     of_class = encoded["is_class"][0, pieces.token]
     assert (
         torch.equal(pieces.of_class > 0, of_class) and (pieces.of_class[of_class] == pieces.part[of_class] + 1).all()

@@ -11,7 +11,7 @@ Notation used for shapes:
     - the k-th code of codebook r has the id r K + k
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
+AT_ONCE = 1024  # tokens that are described together
 CONDITIONS = ("instruction", "dataset", "architecture")
 
 
@@ -112,12 +113,12 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         of_token = self.slot_mix(self.slot_in(descriptors) + self.name_in(name_embeds))
         return (of_token[:, :, None] + self.level).flatten(1, 2)
 
-    def prefix(self, conditions: Tensor, slots: Tensor) -> Tensor:
+    def prefix(self, conditions: Tensor, whole: Tensor) -> Tensor:
         """
         Args:
             conditions (`torch.FloatTensor` of shape `(N, 3, E)`): Embeddings of unit length of the instruction, the dataset and the
                 architecture's description; zeros for what is not told.
-            slots (`torch.FloatTensor` of shape `(N, L, H)`): Their mean says what the network is as a whole.
+            whole (`torch.FloatTensor` of shape `(N, 1, H)`): The mean of all slots, which says what the network is as a whole.
 
         Returns:
             `torch.FloatTensor` of shape `(N, P, H)`.
@@ -126,7 +127,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         # embeddings have unit length: without the factor their components would vanish beside those of codes
         embedded = [layer(conditions[:, i] * conditions.shape[-1] ** 0.5) for i, layer in enumerate(self.condition_in)]
         embedded = torch.where(told, torch.stack(embedded, 1), self.absent)
-        return torch.cat([embedded, slots.mean(1, keepdim=True)], 1)
+        return torch.cat([embedded, whole], 1)
 
     def forward(
         self,
@@ -171,10 +172,10 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         """Codes that the context has room for."""
         return self.config.max_position_embeddings - prefix.shape[1] - 1
 
-    def _inputs(self, prefix: Tensor, codes: Tensor, slots: Tensor, start: int) -> Tensor:
-        """Of ids `(N, n)` that were written from slot `start` on, the inputs from which the next one follows: `(N, P + 1 + n, H)`."""
+    def _inputs(self, prefix: Tensor, codes: Tensor, slots: Tensor) -> Tensor:
+        """Of ids `(N, n)` that were written at the first slots, the inputs from which the next one follows: `(N, P + 1 + n, H)`."""
         written = torch.cat([self.start.expand(len(codes), 1, -1), self.model.embed_tokens(codes)], 1)
-        return torch.cat([prefix, written + slots[:, start : start + written.shape[1]]], 1)
+        return torch.cat([prefix, written + slots[:, : written.shape[1]]], 1)
 
     def code_losses(
         self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor, start: int = 0
@@ -195,7 +196,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         prefix = self.prefix(conditions, _mean_of_known(slots, known.repeat_interleave(R, 1)))
         part = slice(start, start + self._room(prefix) // R)
         codes, known = codes[:, part], known[:, part]
-        inputs = self._inputs(prefix, ids[:, start * R : (start + codes.shape[1]) * R - 1], slots, start * R)
+        inputs = self._inputs(prefix, ids[:, start * R : (start + codes.shape[1]) * R - 1], slots[:, start * R :])
         hidden = self.model(inputs_embeds=inputs).last_hidden_state[:, prefix.shape[1] :]
         hidden = hidden.unflatten(1, (-1, R))[known]  # (tokens, R, H)
         heads = self.lm_head.weight.unflatten(0, (R, K))
@@ -203,12 +204,20 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         losses = F.cross_entropy(logits.flatten(0, 1), codes[known].flatten(), reduction="none")
         return losses, known.nonzero()[:, 0].repeat_interleave(R)
 
+    def write(self, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor, *args, **kwargs) -> Tensor:
+        """[`~IGPGPrior.write_described`] of networks whose descriptions, see [`~IGPGPrior.slots`], are in memory as a whole."""
+
+        def described(part: slice) -> tuple[Tensor, Tensor]:
+            return descriptors[:, part], name_embeds[:, part]
+
+        return self.write_described(conditions, described, descriptors.shape[1], *args, **kwargs)
+
     @torch.no_grad()
-    def write(
+    def write_described(
         self,
         conditions: Tensor,
-        descriptors: Tensor,
-        name_embeds: Tensor,
+        described: Callable[[slice], tuple[Tensor, Tensor]],
+        tokens: int,
         generators: Sequence[torch.Generator] | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -217,10 +226,12 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         use_cache: bool = True,
     ) -> Tensor:
         """
-        New codes, exactly as many as the layout has.
+        New codes, exactly as many as the layout has. Beside them a context is in memory, however long the network is.
 
         Args:
-            conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+            conditions: See [`~IGPGPrior.prefix`].
+            described: Of a part of the tokens descriptors and embeddings of names, see [`~IGPGPrior.slots`].
+            tokens: T.
             generators: One per network; without them the likeliest code is taken.
             temperature, top_k, top_p: Of sampling, as in `generate` of transformers; 0 and 1 leave all codes in.
             tail: In the place of the config's.
@@ -231,39 +242,41 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         """
         config = self.config
         K, R, tail = config.num_codes, config.codes_per_token, config.tail if tail is None else tail
-        slots = self.slots(descriptors, name_embeds)
-        prefix, total = self.prefix(conditions, slots), slots.shape[1]
+        parts = [slice(start, min(start + AT_ONCE, tokens)) for start in range(0, tokens, AT_ONCE)]
+        whole = sum(self.slots(*described(part)).sum(1, keepdim=True) for part in parts) / (tokens * R)
+        prefix, total = self.prefix(conditions, whole), tokens * R
         room = self._room(prefix)
-        ids = torch.zeros(len(slots), 0, dtype=torch.long, device=slots.device)
+        ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device)
         while ids.shape[1] < total:
             done = ids.shape[1]
             start = max(0, done - tail) if done else 0
             count = min(total - done, room - (done - start))
+            slots = self.slots(*described(slice(start // R, -(-(done + count) // R))))[:, start % R :]
             processors = LogitsProcessorList([_OfLevel(K, R, done)])
             if generators is not None:
                 processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
                 processors += [TopKLogitsWarper(top_k)] if top_k else []
                 processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
                 processors.append(_GumbelMax(generators))
-            inputs = self._inputs(prefix, ids[:, start:], slots, start)
+            inputs = self._inputs(prefix, ids[:, start:], slots)
             if use_cache:
                 new = self.generate(
                     inputs_embeds=inputs,
                     attention_mask=inputs.new_ones(inputs.shape[:2], dtype=torch.long),
                     slots=slots,
-                    first=prefix.shape[1] - start,
+                    first=prefix.shape[1],
                     logits_processor=processors,
                     generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
                 )
             else:
-                new = self._write_without_cache(prefix, ids, slots, start, count, processors)
+                new = self._write_without_cache(prefix, ids[:, start:], slots, count, processors)
             ids = torch.cat([ids, new], 1)
         return (ids % K).unflatten(1, (-1, R))
 
-    def _write_without_cache(self, prefix, ids, slots, start: int, count: int, processors) -> Tensor:
+    def _write_without_cache(self, prefix, ids, slots, count: int, processors) -> Tensor:
         new = ids[:, :0]
         for _ in range(count):
-            inputs = self._inputs(prefix, torch.cat([ids[:, start:], new], 1), slots, start)
+            inputs = self._inputs(prefix, torch.cat([ids, new], 1), slots)
             hidden = self.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
             new = torch.cat([new, processors(new, self.lm_head(hidden)).argmax(-1, keepdim=True)], 1)
         return new

@@ -5,6 +5,7 @@ Reference: IGPG (https://huggingface.co/papers/2504.02012).
 Notation: N samples, L tokens of a network, R codes per token, C classes, S scalars per token, E size of an embedding.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -189,12 +190,12 @@ class IGPGPipeline(WeightGenPipeline):
         conditions = self._conditions(asked, targets)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
-            _, *described = self._described(layout, torch.cat([class_embeds[i] for i in places]))
-            arguments = [conditions[places], *described]
-            arguments = [self._to_prior(part).repeat_interleave(num_samples, 0) for part in arguments]
+            of_classes = torch.cat([class_embeds[i] for i in places]).repeat_interleave(num_samples, 0).cpu()
+            told, pieces = conditions[places].repeat_interleave(num_samples, 0), self._pieces(layout, of_classes)
+            arguments = self._to_prior(told), functools.partial(self._read, pieces, of_classes), len(pieces)
             drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
-            written = self.prior.write(*arguments, **sampling if temperature else {}).cpu()
+            written = self.prior.write_described(*arguments, **sampling if temperature else {}).cpu()
             for i, part in zip(places, written.split(num_samples), strict=True):
                 codes[i] = part
                 if output_type == "weights":
@@ -374,7 +375,8 @@ class IGPGPipeline(WeightGenPipeline):
     @torch.no_grad()
     def stream_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> Iterator[tuple[str, Tensor]]:
         """
-        [`~IGPGPipeline.decode_codes`] of one network, window by window: of its weights a window and a tensor are in memory.
+        [`~IGPGPipeline.decode_codes`] of one network, window by window: of its weights, and of what describes them, a window and a
+        tensor are in memory.
 
         Args:
             codes (`torch.LongTensor` of shape `(L, R)`).
@@ -386,7 +388,7 @@ class IGPGPipeline(WeightGenPipeline):
             LayoutMismatchError: If the network has another number of tokens.
         """
         vqvae, size = self.vqvae, self.vqvae.config.window
-        pieces, (described,), (names,) = self._described(layout, class_embeds)
+        pieces, of_classes = self._pieces(layout, class_embeds), class_embeds.cpu().to(vqvae.dtype)
         if len(codes) != len(pieces):
             raise LayoutMismatchError(
                 f"Layout {layout} with these classes has {len(pieces)} tokens, got codes of {len(codes)}."
@@ -396,8 +398,9 @@ class IGPGPipeline(WeightGenPipeline):
             for start in range(0, len(codes), size):
                 part = slice(start, start + size)
                 own = codes[part].to(vqvae.device)
-                read = vqvae.embed_codes(own), described[part], names[part], own[:, 0] >= 0, pieces.of_class[part]
-                yield vqvae.decode(*(tensor[None].to(vqvae.device) for tensor in read))[0].float().cpu()
+                read = own[None, :, 0] >= 0, pieces.of_class[None, part]
+                read = vqvae.embed_codes(own)[None], *pieces.described(of_classes, part), *read
+                yield vqvae.decode(*(tensor.to(vqvae.device) for tensor in read))[0].float().cpu()
 
         head = self.weight_tokenizer.layouts[layout].head
         of_head = {}
@@ -409,15 +412,21 @@ class IGPGPipeline(WeightGenPipeline):
                 yield name, tensor
         yield from center_head(of_head, head).items()
 
+    def _read(self, pieces: Pieces, class_embeds: Tensor, part: slice) -> list[Tensor]:
+        """What the prior reads of some pieces."""
+        return [self._to_prior(told) for told in pieces.described(class_embeds, part)]
+
     def _to_prior(self, part: Tensor) -> Tensor:
         return part.to(self.prior.device, self.prior.dtype)
 
     def _described(self, layout: int, class_embeds: Tensor) -> tuple[Pieces, Tensor, Tensor]:
         """For class names `(n, C, E)` the network's pieces, what they are, `(n, L, D)`, and the names of their classes `(n, L, E)`."""
-        classes, dtype = self._class_tokens(layout, class_embeds), self.vqvae.dtype
-        pieces = Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
-        described = pieces.describe().to(dtype).expand(len(class_embeds), -1, -1)
-        return pieces, described, pieces.names(class_embeds.cpu().to(dtype))
+        pieces = self._pieces(layout, class_embeds)
+        return pieces, *pieces.described(class_embeds.cpu().to(self.vqvae.dtype))
+
+    def _pieces(self, layout: int, class_embeds: Tensor) -> Pieces:
+        classes = self._class_tokens(layout, class_embeds)
+        return Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
 
     def _class_tokens(self, layout: int, class_embeds: Tensor) -> int:
         """A network whose head is too wide for class tokens has none."""

@@ -117,6 +117,14 @@ class Cutting:
             mask[piece.stop - 1, self.token_size - piece.padding :] = False
         return mask
 
+    def filled(self, num_classes: int) -> Tensor:
+        """`torch.LongTensor` of shape `(N_k + C,)`: the scalars that each token holds, which are its first ones."""
+        filled = torch.full((self.num_body + num_classes,), self.token_size)
+        for piece in self.body:
+            filled[piece.stop - 1] -= piece.padding
+        filled[self.num_body :] = self.class_numel
+        return filled
+
     def class_positions(self, rows: Tensor, num_classes: Tensor) -> tuple[Tensor, Tensor]:
         """Checkpoint and token index of all class tokens of the checkpoints `rows`, each of shape (sum of C,)."""
         counts = num_classes[rows]

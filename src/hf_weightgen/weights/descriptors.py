@@ -22,26 +22,28 @@ PART = slice(SIZE - 8, SIZE - 4)  # of a description: which part of a token, whe
 KINDS = ("weight of a convolution", "weight of a linear layer", "vector", "bias", "lora_A", "lora_B", "other", "class")
 
 
-def describe(cutting: Cutting, num_classes: int) -> Tensor:
+def describe(cutting: Cutting, num_classes: int, part: slice = slice(None)) -> Tensor:
     """
     Args:
         cutting: Of the layout, see [`WeightTokenizer`].
         num_classes: Class tokens, all alike: what tells classes apart is their names.
+        part: Of the tokens. Default: all.
 
     Returns:
         `torch.FloatTensor` of shape `(L, D)`, numbers from -2 to 2.
     """
-    rows = []
+    start, stop, _ = part.indices(cutting.num_body + num_classes)
+    described = torch.zeros(stop - start, SIZE)
     for number, piece in enumerate(cutting.body):
-        depth = _shares(torch.tensor([number]), len(cutting.body))
-        first = torch.arange(piece.stop - piece.start)
-        inside = torch.cat([_waves(first), _shares(first, len(first))], 1)
+        first, last = max(piece.start, start), min(piece.stop, stop)
+        if first >= last:
+            continue
+        depth, within = _shares(torch.tensor([number]), len(cutting.body)), torch.arange(first, last) - piece.start
+        inside = torch.cat([_waves(within), _shares(within, piece.stop - piece.start)], 1)
         of_tensor = torch.cat([_kind(piece), _sizes(piece), _waves(torch.tensor([number]))[0], depth[0]])
-        rows.append(torch.cat([of_tensor.expand(len(first), -1), inside], 1))
-    known = torch.cat(rows) if rows else torch.zeros(0, SIZE)
-    described = torch.zeros(len(known) + num_classes, SIZE)
-    described[: len(known), : known.shape[1]] = known
-    described[len(known) :, KINDS.index("class")] = 1
+        known = torch.cat([of_tensor.expand(len(within), -1), inside], 1)
+        described[first - start : last - start, : known.shape[1]] = known
+    described[max(0, cutting.num_body - start) :, KINDS.index("class")] = 1
     described[:, -1] = math.log10(max(1, cutting.num_body)) - 2  # how large the network is
     return described
 

@@ -4,10 +4,10 @@ zoo of small and of wide networks is far more than the other tensors of the smal
 Notation: L tokens of a network, S scalars per token, n pieces, s scalars per piece, B networks, D size of a description.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .descriptors import describe_parts
@@ -35,11 +35,12 @@ class Pieces:
         if tokenizer.token_size % size:
             raise LayoutMismatchError(f"Tokens of {tokenizer.token_size} scalars do not divide into pieces of {size}.")
         self.parts, self.size = tokenizer.token_size // size, size
-        known = tokenizer.template([layout], [num_classes])
-        self.num_tokens, self.num_classes = len(known["is_class"][0]), num_classes
-        self.token, self.part = self._split(known["padding_mask"])[0].any(-1).nonzero().unbind(1)
-        self.of_class = (1 + self.part) * known["is_class"][0, self.token]
-        self._described = tokenizer.describe(layout, num_classes)
+        self.num_classes, self._described = num_classes, functools.partial(tokenizer.describe, layout, num_classes)
+        counts = -(-tokenizer.filled(layout, num_classes) // size)
+        self.num_tokens, body = len(counts), len(counts) - num_classes
+        self.token = torch.arange(len(counts)).repeat_interleave(counts)
+        self.part = torch.arange(len(self.token)) - (counts.cumsum(0) - counts)[self.token]
+        self.of_class = (1 + self.part) * (self.token >= body)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -47,14 +48,26 @@ class Pieces:
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.parts, self.size))
 
-    def describe(self) -> Tensor:
-        """What each piece is, `(n, D)`: what its token is, and which part of it."""
-        return describe_parts(self._described[self.token], self.part, self.parts)
+    def describe(self, part: slice = slice(None)) -> Tensor:
+        """What each piece is, or each of some of them, `(n, D)`: what its token is, and which part of it."""
+        token = self.token[part]
+        if part == slice(None):
+            of_tokens = self._described()[token]
+        else:
+            of_tokens = self._described(slice(int(token[0]), int(token[-1]) + 1))[token - token[0]]
+        return describe_parts(of_tokens, self.part[part], self.parts)
 
-    def names(self, class_embeds: Tensor) -> Tensor:
+    def names(self, class_embeds: Tensor, part: slice = slice(None)) -> Tensor:
         """Of class names `(B, C, E)`, of which the first are those of class tokens, that of each piece: `(B, n, E)`, zeros in the body."""
-        body = self.num_tokens - self.num_classes
-        return F.pad(class_embeds[:, : self.num_classes], (0, 0, body, 0))[:, self.token]
+        token = self.token[part] - (self.num_tokens - self.num_classes)
+        names = class_embeds.new_zeros(len(class_embeds), len(token), class_embeds.shape[-1])
+        names[:, token >= 0] = class_embeds[:, token[token >= 0]]
+        return names
+
+    def described(self, class_embeds: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Both, `(B, n, D)` and `(B, n, E)`, in the dtype of names."""
+        of_pieces = self.describe(part).to(class_embeds.dtype)
+        return of_pieces.expand(len(class_embeds), -1, -1), self.names(class_embeds, part)
 
     def cut(self, tokens: Tensor) -> Tensor:
         """`(B, L, S)` to `(B, n, s)`."""

@@ -174,12 +174,18 @@ class WeightTokenizer(FeatureExtractionMixin):
             raise ValueError(f"Layout {layout_id} has no classification head, so it has no class tokens.")
         return plan.first_id + plan.num_body
 
-    def describe(self, layout_id: int, num_classes: int) -> Tensor:
-        """What each token of a checkpoint is, `(N_k + C, D)`, see [`~weights.descriptors.describe`]."""
+    def describe(self, layout_id: int, num_classes: int, part: slice = slice(None)) -> Tensor:
+        """What each token of a checkpoint, or of a part of it, is: `(N_k + C, D)`, see [`~weights.descriptors.describe`]."""
+        if part != slice(None):  # of a long network, of which not all shall be in memory
+            return describe(self._plan(layout_id), num_classes, part)
         key = layout_id, num_classes
         if key not in self._described:
             self._described[key] = describe(self._plan(layout_id), num_classes)
         return self._described[key]
+
+    def filled(self, layout_id: int, num_classes: int) -> Tensor:
+        """The scalars that each token of a checkpoint holds, `(N_k + C,)`."""
+        return self._plan(layout_id).filled(num_classes)
 
     def template(self, layout_ids: Sequence[int] | Tensor, num_classes: Sequence[int] | Tensor) -> BatchFeature:
         """
