@@ -1,4 +1,4 @@
-"""Trains a zoo of small networks on images: 100 seeds of MNIST, Fashion-MNIST, SVHN and CIFAR-10, 3 late checkpoints each.
+"""Trains a zoo of small networks on images, or of heads on sentences: 100 seeds of MNIST, Fashion-MNIST, SVHN and CIFAR-10, 3 late checkpoints each.
 
     python examples/build_network_zoo.py runs/images                            # datasets from the Hub
     python examples/build_network_zoo.py runs/images --data_root PATH           # from local copies under their Hub ids
@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--tasks", nargs="+", help=f"Of {list(IMAGE_TASKS)}, or texts for heads. Default: all that there are."
+        "--tasks", nargs="+", help=f"Of {list(IMAGE_TASKS)}, or single texts for heads. Default: those of a zoo."
     )
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--architecture", default="tiny-cnn")
@@ -38,11 +38,11 @@ def main():
     config = NetworkZooConfig(
         architecture=args.architecture, protocol=args.protocol, seeds=args.seeds, held_out=args.seeds // 5
     )
-    known = (
-        {task.name: task for task in default_tasks()[0] if not task.is_pair} if config.reads_features else IMAGE_TASKS
-    )
-    tasks, cache = list(map(get_task, args.tasks or known)), args.folder.resolve().parent / "features"
-    build = partial(build_network_zoo, tasks, args.folder.resolve(), config, args.data_root, cache=cache)
+    known = list(IMAGE_TASKS.values())
+    if config.reads_features:
+        known = [task for task in default_tasks()[0] if not task.is_pair]
+    folder, tasks = args.folder.resolve(), list(map(get_task, args.tasks)) if args.tasks else known
+    build = partial(build_network_zoo, tasks, folder, config, args.data_root, cache=folder.parent / "features")
     if args.jobs:
         run_jobs(build, args)
     else:

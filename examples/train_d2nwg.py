@@ -1,7 +1,7 @@
 """Trains a D2NWG weight generator: VAE over weight tokens, gate, latent diffusion, calibration, pipeline folder.
 
 accelerate launch examples/train_d2nwg.py                               # small nets on digits, minutes, no network
-accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters, or of networks on images
+accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID              # a zoo of LoRA adapters, of networks on images, or of heads
 accelerate launch examples/train_d2nwg.py --zoo PATH_OR_ID PATH_OR_ID   # networks on images in several architectures
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --expected_processes 2
 """
@@ -52,8 +52,8 @@ def parse_args():
     add(
         "--zoo",
         nargs="+",
-        help="Folder or Hub id of a zoo; several of networks on images, one for each architecture, the default one first. Default: "
-        "small networks on digits, built on the spot.",
+        help="Folder or Hub id of a zoo; several of networks on images or of heads on sentences, one for each architecture, the default one "
+        "first. Default: small networks on digits, built on the spot.",
     )
     add("--image_encoder", default=MOBILENET, help="Id or folder of the network that sees images of a zoo's datasets.")
     add("--data_root", help="Folder with datasets under their Hub ids, from which networks learn and are tested.")

@@ -1,7 +1,7 @@
 """Trains an IGPG weight generator: Gumbel VQ-VAE over weight tokens, gate, prior over codes, pipeline folder.
 
 accelerate launch examples/train_igpg.py                               # small nets on digits, minutes, no network
-accelerate launch examples/train_igpg.py --zoo PATH_OR_ID              # networks on images, or LoRA adapters
+accelerate launch examples/train_igpg.py --zoo PATH_OR_ID              # networks on images, heads on sentences, or LoRA adapters
 accelerate launch examples/train_igpg.py --zoo PATH_OR_ID PATH_OR_ID   # several of them in one generator
 """
 
@@ -23,11 +23,12 @@ from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
-from hf_weightgen.training.igpg import COLDEST, VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import DecoderLoss, VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.sources import Source, text_source
+from hf_weightgen.weights.pieces import num_places
 from train_d2nwg import figures, judged, kind_of, load_source
 
 
@@ -84,16 +85,16 @@ def main():
     # Stage 1: codes, and whether the networks that they stand for still work
     codes = {"num_codes": args.num_codes, "codes_per_token": args.codes_per_token}
     parts = class_parts(tokenizer.token_size)
-    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=tokenizer.token_size // parts, class_parts=parts, **codes))
+    size = tokenizer.token_size // parts
+    noisy = {"learns_noise": source.vae_settings.get("learns_noise", False)}
+    noisy |= {"num_places": num_places(tokenizer, size)}
+    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=size, class_parts=parts, **codes, **noisy))
     source.initialise_names(vqvae)
 
-    def fit_codes(steps: int, name: str, function_loss, weight, hottest: float = 1.0, **settings) -> None:
-        loss = VQVAELoss(vqvae, source.train, tokenizer, steps, function_loss, weight, accelerator.gather, hottest)
-        train(accelerator, vqvae, loss, loop(steps, **settings), name)
-        accelerator.print(f"{name}: codes in use {[round(used) for used in loss.perplexity]} of {args.num_codes}")
-
     function_loss = source.function_loss and (lambda *step: FUNCTION_WEIGHT * source.function_loss(*step))
-    fit_codes(args.vqvae_steps, "vqvae", function_loss, 1.0)
+    loss = VQVAELoss(vqvae, source.train, tokenizer, args.vqvae_steps, function_loss, 1.0, accelerator.gather)
+    train(accelerator, vqvae, loss, loop(args.vqvae_steps), "vqvae")
+    accelerator.print(f"codes in use: {[round(used) for used in loss.perplexity]} of {args.num_codes}")
     dataset_encoder = None
     if source.features is not None:
         shown = source.shown
@@ -113,8 +114,10 @@ def main():
         source.add_datasets(dataset_encoder.eval(), args.seed)
     task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
     if task_steps:
-        settings = {"train_batch_size": args.task_batch_size, "learning_rate": source.task_learning_rate}
-        fit_codes(task_steps, "vqvae-task", source.task_loss, source.task_reconstruction, COLDEST, **settings)
+        loss = DecoderLoss(vqvae, source.train, tokenizer, source.task_loss, source.task_reconstruction)
+        vqvae.freeze_codes()
+        train(accelerator, vqvae, loss, loop(task_steps, train_batch_size=args.task_batch_size), "vqvae-task")
+        vqvae.freeze_codes(False)
     gate, skipped = judged(args, accelerator, source, encode_zoo(vqvae.eval(), held_out, tokenizer)[1])
 
     # Stage 2: the prior over codes
@@ -181,21 +184,22 @@ def main():
 
 def load_sources(args, encoder, bf16: bool) -> Source:
     """What training needs of all zoos: those of networks on images are one source, of heads on texts one, of adapters one."""
-    kinds = {"images": [], "heads": [], "adapters": []}
+    kinds: dict[str, list[str]] = {}
     for zoo in args.zoo or ():
-        kinds[kind_of(zoo)].append(zoo)
-    if len(kinds["adapters"]) > 1:
-        raise SystemExit(f"--zoo: one zoo of adapters trains a generator, got {kinds['adapters']}.")
-    if sum(map(bool, kinds.values())) < 2:
+        kinds.setdefault(kind_of(zoo), []).append(zoo)
+    if len(kinds) < 2:
         return load_source(args, encoder, bf16)
-    sources = [text_source(encoder, zoo, args.data_root, bf16) for zoo in kinds["adapters"]]
-    size = sources[0].tokenizer.token_size if sources else encoder.model.config.hidden_size + 1
-    if kinds["heads"]:
-        sources.insert(0, network_source(encoder, None, kinds["heads"], args.data_root, size, args.cache))
-    if kinds["images"]:
-        seen = load_image_encoder(args.image_encoder)
-        sources.insert(0, network_source(encoder, seen, kinds["images"], args.data_root, size))
-    return joined(sources)
+    if len(kinds.get("adapters", ())) > 1:
+        raise SystemExit(f"--zoo: one zoo of adapters trains a generator, got {kinds['adapters']}.")
+    sources, size = {}, encoder.model.config.hidden_size + 1
+    if "adapters" in kinds:
+        sources["adapters"] = text_source(encoder, kinds["adapters"][0], args.data_root, bf16)
+        size = sources["adapters"].tokenizer.token_size
+    for kind, seen in (("heads", None), ("images", load_image_encoder(args.image_encoder))):
+        if kind in kinds:
+            sources[kind] = network_source(encoder, seen, kinds[kind], args.data_root, size, args.cache)
+    order = [kind for kind in ("images", "heads", "adapters") if kind in kinds]  # see `joined`
+    return joined([sources[kind] for kind in order], [order.index(kind) for kind in kinds])
 
 
 def sizes_of_codes(source, codes: torch.Tensor, num_codes: int) -> dict:

@@ -174,3 +174,73 @@ def test_saved_and_loaded(vqvae, tmp_path):
     torch.testing.assert_close(again(**data).weight_tokens, vqvae(**data).weight_tokens, atol=0, rtol=0)
     with pytest.raises(ValueError, match="must divide over 3 attention heads, got 16"):
         WeightVQVAEConfig(hidden_size=16, num_attention_heads=3)
+
+
+def with_places(**settings) -> WeightVQVAE:
+    torch.manual_seed(0)
+    model = WeightVQVAE(WeightVQVAEConfig(**SIZES, **CODES, num_places=BODY, place_size=4, **settings)).eval()
+    if settings:
+        torch.nn.init.normal_(model.noise_out.weight)
+    return model
+
+
+def told(model: WeightVQVAE) -> list[torch.Tensor]:
+    """What `decode` reads of the batch."""
+    data, mask = batch(), batch()["padding_mask"].any(-1)
+    embedded = model.embed_codes(model(**data).codes)
+    return [embedded, data["descriptors"], data["name_embeds"], mask, data["class_parts"]]
+
+
+@torch.no_grad()
+def test_known_tokens_have_maps_of_their_own_and_new_ones_do_without():
+    model, length = with_places(), BODY + CLASSES
+    places = torch.where(torch.arange(length) < BODY, torch.arange(length), -1)
+    read = told(model)
+    plain = model.decode(*read)
+    torch.testing.assert_close(model.decode(*read, places), plain)  # untrained they say nothing
+    torch.nn.init.normal_(model.place_out)
+    apart = (model.decode(*read, places) - plain).abs().amax((0, 2)) > 1e-4
+    assert torch.equal(apart, places >= 0)
+    torch.testing.assert_close(model.decode(*read), plain)
+    for unknown in (torch.full((length,), -1), torch.arange(length) + BODY):
+        torch.testing.assert_close(model.decode(*read, unknown), plain)
+
+
+@torch.no_grad()
+def test_noise_is_what_the_decoder_says_that_codes_leave_open():
+    model, data = with_places(learns_noise=True), batch()
+    read, noise = told(model), torch.randn(8, BODY + CLASSES, 6, generator=random(3))
+    mean, stds = model.decode(*read), model(**data).token_stds
+    assert stds.min() > 0 and len(stds.unique()) > 10
+    torch.testing.assert_close(model.decode(*read, noise=noise), mean + stds * noise)
+    torch.testing.assert_close(model(**data).weight_tokens, mean)
+
+
+def test_noise_learns_its_share_of_the_spread_of_the_zoo():
+    model, data = with_places(learns_noise=True, noise_share=0.6).train(), batch()
+    spread = 0.1 * data["padding_mask"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(80):
+        loss = model(**data, temperature=0.1, uniform=draws(step), zoo_stds=spread).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    stds = model(**data).token_stds[data["padding_mask"]]
+    assert 0.05 < stds.mean() < 0.15  # as the zoo's, where nothing speaks against it
+
+
+def test_given_codes_are_decoded_and_what_makes_codes_may_be_frozen():
+    model, data = with_places(), batch()
+    codes = model(**data).codes.flip(0)[:, :BODY]  # of rows whose first tokens are all there
+    part = {name: tensor[:, :BODY] for name, tensor in data.items()}
+    part["padding_mask"] = torch.ones_like(part["padding_mask"])
+    model.freeze_codes()
+    output = model(**part, codes=codes)
+    read = [part["descriptors"], part["name_embeds"], part["padding_mask"].any(-1), part["class_parts"]]
+    torch.testing.assert_close(output.weight_tokens, model.decode(model.embed_codes(codes), *read))
+    output.loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert any(name.startswith("decoder") for name in trained)
+    assert not any(name.startswith(("encoder", "codebook", "to_code", "token_in")) for name in trained)
+    model.freeze_codes(False)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -13,6 +13,7 @@ from hf_weightgen.hub.untrusted import UntrustedFileError
 from hf_weightgen.models import modeling_igpg
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
+from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.mixed import in_words
@@ -95,6 +96,26 @@ def test_a_stream_of_tensors_is_the_network(pipe, window):
         torch.testing.assert_close(streamed[name], tensor)
     with pytest.raises(LayoutMismatchError, match="with these classes has .* tokens, got codes of"):
         dict(pipe.stream_codes(codes[:-1], 2, class_embeds))
+
+
+def test_noise_is_a_samples_own_and_the_same_in_files(pipe, tmp_path):
+    """With a decoder that has learned noise."""
+    before, settings = pipe.vqvae, {"learns_noise": True, "num_places": 9, "window": 4}
+    pipe.vqvae = WeightVQVAE(WeightVQVAEConfig(**before.config.to_diff_dict() | settings)).eval()
+    asked = {"prompt": "which digit is it", "architecture": "large"}
+    two = pipe(**asked, num_samples=2, generator=random(0))
+    one = pipe(**asked, generator=random(0))
+    torch.testing.assert_close(two.weights[0], one.weights[0])
+    class_embeds = pipe.encoder.embed(one.labels[0])[None]
+    (mean,) = pipe.decode_codes(one.latents, 2, class_embeds)
+    assert not weights_are_equal(mean, one.weights[0])
+    pipe(**asked, generator=random(0), output_type="codes", save_directory=tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    assert files.keys() == one.weights[0].keys()
+    for name, tensor in files.items():
+        torch.testing.assert_close(tensor, one.weights[0][name])
+    likeliest = pipe(**asked, num_samples=2, temperature=0)
+    assert weights_are_equal(*likeliest.weights)  # without noise
 
 
 def test_what_goes_to_files_is_never_described_as_a_whole(pipe, tmp_path, monkeypatch):

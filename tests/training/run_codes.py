@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.training.batches import ZooTensors
-from hf_weightgen.training.igpg import VQVAELoss, encode_zoo, prior_loss
+from hf_weightgen.training.igpg import DecoderLoss, VQVAELoss, encode_zoo, prior_loss
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.weights.pieces import num_places
 from hf_weightgen.weights.tokenization import WeightTokenizer
 from tiny import random
 
@@ -35,11 +36,19 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     accelerator, codes = Accelerator(cpu=True), {"num_codes": 16, "codes_per_token": 2, "embedding_size": 8}
     small = {"hidden_size": 16, "num_attention_heads": 2}
-    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=4, code_size=4, num_layers=1, **small, **codes))
+    more = {"num_places": num_places(tokenizer, 4), "place_size": 4, "learns_noise": True}
+    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=4, code_size=4, num_layers=1, **small, **codes, **more))
     prior = IGPGPrior(IGPGConfig(num_hidden_layers=1, intermediate_size=32, **small, **codes))
     config = LoopConfig(folder, STEPS, train_batch_size=4, lr_warmup_steps=5)
     loss = VQVAELoss(vqvae, zoo, tokenizer, STEPS, gather=accelerator.gather)
     train(accelerator, vqvae, loss, config, "vqvae")
+
+    def function_loss(tokens, truth, index, random):
+        return (tokens * zoo.padding_mask[index] - truth).square().mean()
+
+    decoder_loss = DecoderLoss(vqvae, zoo, tokenizer, function_loss, 0.1)
+    vqvae.freeze_codes()
+    train(accelerator, vqvae, decoder_loss, config, "decoder")
     of_zoo, _ = encode_zoo(vqvae, zoo, tokenizer)
     train(accelerator, prior, lambda m, r: prior_loss(m, of_zoo, zoo, tokenizer, r, 4), config, "prior")
     learned = {f"{n}.{k}": v for n, m in (("vqvae", vqvae), ("prior", prior)) for k, v in m.named_parameters()}

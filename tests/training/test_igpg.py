@@ -18,9 +18,19 @@ from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
 from hf_weightgen.training.batches import StepRandom, ZooTensors
-from hf_weightgen.training.igpg import REVIVE_EVERY, VQVAELoss, by_layout, encode_zoo, of_layout, prior_loss
+from hf_weightgen.training.igpg import (
+    REVIVE_EVERY,
+    DecoderLoss,
+    VQVAELoss,
+    by_layout,
+    encode_zoo,
+    of_layout,
+    prior_loss,
+)
 from hf_weightgen.training.loop import LoopConfig, train
+from hf_weightgen.training.objectives import NOISE_RAMP
 from hf_weightgen.weights.descriptors import SIZE
+from hf_weightgen.weights.pieces import num_places
 from hf_weightgen.weights.tokenization import WeightTokenizer
 from tiny import random
 
@@ -148,6 +158,40 @@ def test_codes_say_what_members_of_a_task_differ_by():
     spread = [torch.pdist(tokens.flatten(1)).median() for tokens in (before, after)]
     assert (after - before).square().mean() < 0.4 * before.var() and spread[1] > 0.75 * spread[0]
     assert perplexity(vqvae.counts(codes)).min() > 64
+
+
+def test_the_decoder_learns_what_networks_do_and_codes_stay(zoo, vqvae):
+    rows, tokenizer = zoo
+    settings = {"num_places": num_places(tokenizer, 4), "place_size": 8, "learns_noise": True}
+    model = WeightVQVAE(WeightVQVAEConfig(**vqvae.config.to_diff_dict() | settings))
+    asked = []
+
+    def function_loss(tokens, truth, index, random):
+        asked.append(tokens.detach())
+        return (tokens * rows.padding_mask[index] - truth).square().mean()
+
+    loss = DecoderLoss(model, rows, tokenizer, function_loss, [0.5, 0.1, 0.1])
+    codes = encode_zoo(model, rows, tokenizer)[0]
+    model.freeze_codes()
+    losses = fit(model, lambda step: loss(model, draws(step)))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert torch.equal(encode_zoo(model, rows, tokenizer)[0], codes)
+    first, late = (loss(model, StepRandom(0, step, 12, slice(None))) for step in (0, NOISE_RAMP))
+    assert not torch.equal(first, late)
+    assert asked[0].shape == (12, *rows.weight_tokens.shape[1:])
+
+
+def test_codes_are_mixed_with_those_of_the_same_task(zoo, vqvae):
+    rows, tokenizer = zoo
+    loss = DecoderLoss(vqvae, rows, tokenizer, lambda *step: 0.0)
+    loss.codes = torch.arange(len(rows))[:, None, None].expand_as(loss.codes)  # whose codes they are
+    index, seen = torch.arange(12), []
+    for step in range(40):
+        mixed = loss._mixed(index, draws(step))
+        assert torch.equal(rows.task_of[mixed], rows.task_of[index][:, None, None].expand_as(mixed))
+        seen.append((mixed != index[:, None, None]).double().mean((1, 2)))
+    share = torch.cat(seen)
+    assert 0.4 < (share == 0).double().mean() < 0.75 and share.max() > 0.3
 
 
 def test_dead_codes_are_revived_between_steps(zoo, vqvae):

@@ -82,6 +82,8 @@ def source_of(kind: str, steps: int) -> Source:
         name_projection=(torch.ones(384, 384), torch.ones(384)) if kind == "texts" else None,
         targets=targets,
         features=[torch.randn(3, 5, 6, generator=generator) for _ in range(2)] if kind == "images" else None,
+        majority={next(iter(TASKS[kind])): (0.5, steps)},
+        zoo_scores={next(iter(TASKS[kind])): 1.0},
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def test_losses_are_asked_about_their_own_rows(parts):
     loss.backward()
     assert torch.equal(moved.grad != 0, whole.train.padding_mask[index])
     assert whole.function_loss is None and whole.task_steps == 7
-    assert whole.task_reconstruction == pytest.approx([0.5, 0.5, 0.7])
+    assert whole.task_reconstruction == pytest.approx([0.5, 0.5, 0.7, 0.7, 0.7])
 
 
 def test_datasets_ask_for_the_tasks_that_have_them(parts):
@@ -182,6 +184,12 @@ def test_a_task_of_two_sources_is_one_task_in_two_architectures(parts):
     assert whole.asked_for("bank") == {"labels": [str(i) for i in range(WIDE)]}
     for task, expected in {"film (lora)": 7, "film (net of heads)": 3, "dark": 5}.items():
         assert whole.score([{}], task).tolist() == [expected]
+    swapped = joined([images, heads, texts], [2, 0, 1])
+    assert [task["targets"] for task in swapped.known_tasks if task["name"] == "film"] == [[4, 2]]
+    assert swapped.target == swapped.targets[4] and whole.target == whole.targets[0]
+    assert whole.majority == {"film (lora)": (0.5, 7), "film (net of heads)": (0.5, 3), "light": (0.5, 5)}
+    with pytest.raises(ValueError, match=r"'film \(net of heads\)' in an architecture of the same name"):
+        joined([heads, heads])
     for task, own in {"film (lora)": texts, "film (net of heads)": heads}.items():
         for found, known in zip(whole.members(task), own.members("film"), strict=True):
             assert found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)

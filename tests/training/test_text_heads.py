@@ -14,6 +14,7 @@ from hf_weightgen.pipelines.pipeline_utils import WeightGenPipeline
 from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.architectures import TargetModel, architecture
 from hf_weightgen.targets.tasks import TaskSpec
+from hf_weightgen.training import network_source as network_source_module
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.network_source import network_source
 from hf_weightgen.zoo import build_networks
@@ -64,10 +65,10 @@ def source(zoo, specs, encoder, monkeypatch):
     return network_source(encoder, None, [str(zoo / "zoo")], None, cache=str(zoo / "seen"))
 
 
-def test_rows_have_the_accuracy_that_they_tell(zoo, specs, encoder):
-    data, before = load_texts(specs, encoder, cache=zoo / "seen"), sorted((zoo / "seen").iterdir())
-    rows = load_zoo(zoo / "zoo")
-    assert len(rows) == 8 and before  # what is in the folder was not encoded again
+def test_rows_have_the_accuracy_that_they_tell(zoo, specs, encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "embed", None)  # what is in the folder is not encoded again
+    data, rows = load_texts(specs, encoder, cache=zoo / "seen"), load_zoo(zoo / "zoo")
+    assert len(rows) == 8 and {row["provenance"]["encoder"] for row in rows} == {data["films"].encoder}
     for row in rows:
         own = next(spec for spec in specs if spec.name == row["task"])
         config, images = network_of(own, 384, CONFIG), data[own.name]
@@ -76,7 +77,17 @@ def test_rows_have_the_accuracy_that_they_tell(zoo, specs, encoder):
         model.load_state_dict(row_to_state_dict(row))
         right = model(images.inputs(images.test)).logits.argmax(-1) == images.test.labels
         assert row["metrics"]["test"] == right.double().mean().item() > 0.8
-    assert sorted((zoo / "seen").iterdir()) == before
+
+
+def test_of_a_split_a_few_sentences_are_read(specs, encoder):
+    few = load_texts(specs[:1], encoder, limit=9)["films"]
+    assert [len(part) for part in (few.train, few.validation, few.test)] == [9, 9, 9]
+
+
+def test_heads_on_features_of_another_encoder_are_refused(zoo, encoder, monkeypatch):
+    monkeypatch.setattr(network_source_module, "weights_sha256", lambda path: "another")
+    with pytest.raises(ValueError, match="read what another encoder says of sentences"):
+        network_source(encoder, None, [str(zoo / "zoo")], None)
 
 
 def test_the_source_scores_them_and_asks_what_they_do(source, zoo):
@@ -107,9 +118,11 @@ def test_heads_have_names():
 
 
 def test_other_networks_are_no_heads(encoder, tmp_path):
-    ZooFolder(tmp_path / "adapters").add("one", [row_of(adapter(0), "sst2-s0-c0")])
-    with pytest.raises(ValueError, match="holds no heads on features"):
-        network_source(encoder, None, [str(tmp_path / "adapters")], None)
+    few = {"arch": {"name": "head", "input_shape": [384]}}  # from few examples, with classes of their own
+    for name, changes in (("adapters", {}), ("few", few)):
+        ZooFolder(tmp_path / name).add("one", [row_of(adapter(0), "sst2-s0-c0", **changes)])
+        with pytest.raises(ValueError, match="holds no heads on features"):
+            network_source(encoder, None, [str(tmp_path / name)], None)
 
 
 @pytest.mark.slow

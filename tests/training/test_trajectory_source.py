@@ -10,6 +10,7 @@ from hf_weightgen.targets import architectures, tasks
 from hf_weightgen.targets.architectures import TargetModel, architecture, resnet
 from hf_weightgen.targets.image_encoders import load_image_encoder
 from hf_weightgen.targets.symmetry import BUFFERS
+from hf_weightgen.training import network_source as network_source_module
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.network_source import network_source
 from hf_weightgen.zoo import build_networks
@@ -76,12 +77,23 @@ def test_beside_a_trajectory_independent_networks_are_asked_what_they_do(encoder
     source = network_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), zoos, None)
     train = source.train
     assert train.tasks == ["task (small)", "task (other)"]
-    run, other = (int(train.layout_of[train.task_of == t][0]) for t in range(2))
-    assert [source.task_reconstruction[k] for k in (run, other)] == [1.0, 0.1] and source.task_steps > 0
+    assert source.task_reconstruction == [1.0, 0.1] and source.task_steps > 0
     index = torch.tensor([0, len(train) - 1])
     tokens = train.weight_tokens[index].clone().requires_grad_()
     source.task_loss(tokens, None, index, StepRandom(0, 0, 2, slice(None))).backward()
     assert not tokens.grad[0].any() and tokens.grad[1].any()
+    config, seen = source.targets[0]["config"], []
+    monkeypatch.setattr(network_source_module, "TEST_IMAGES", 5)
+    one_by_one = network_source_module.predict_one_by_one
+    monkeypatch.setattr(
+        network_source_module,
+        "predict_one_by_one",
+        lambda config, *given: seen.append([layer["kind"] for layer in config.layers]) or one_by_one(config, *given),
+    )
+    source = network_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), zoos, None)
+    assert source.majority["task (small)"][1] == 5 and source.majority["task (other)"][1] == 16
+    source.score(source.members("task (small)"), "task (small)")
+    assert seen == [[layer["kind"] for layer in config["layers"]]]
     alone = network_source(encoder, load_image_encoder(str(image_encoder(tmp_path))), [small], None)
     for name in ("score", "validate"):  # on all images, and by the same means as without the trajectory
         scores = [
@@ -89,3 +101,4 @@ def test_beside_a_trajectory_independent_networks_are_asked_what_they_do(encoder
             for one, task in ((source, "task (other)"), (alone, "task"))
         ]
         assert scores[0] == scores[1]
+    assert len(seen) == 1

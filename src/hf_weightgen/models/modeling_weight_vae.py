@@ -86,6 +86,7 @@ class WeightVAEOutput(ModelOutput):
         weight_tokens (`torch.FloatTensor` of shape `(B, T + C, S)`): The reconstruction.
         token_stds (`torch.FloatTensor` of shape `(B, T + C, S)`): Of the learned noise.
         latents (`torch.FloatTensor` of shape `(B, Z)`): Means of the posterior.
+        reconstruction_errors (`torch.FloatTensor` of shape `(B,)`): Whose mean is the `reconstruction_loss`.
     """
 
     loss: Tensor | None = None
@@ -98,6 +99,7 @@ class WeightVAEOutput(ModelOutput):
     weight_tokens: Tensor | None = None
     token_stds: Tensor | None = None
     latents: Tensor | None = None
+    reconstruction_errors: Tensor | None = None
 
 
 def class_mean(values: Tensor, class_mask: Tensor) -> Tensor:
@@ -291,20 +293,19 @@ class WeightVAE(PreTrainedModel):
         error = reconstruction - weight_tokens
         error = torch.cat([error[:, :T], centred(error[:, T:], class_mask)], 1).square() * mask
 
-        def mean(values: Tensor) -> Tensor:
-            """Over scalars per checkpoint, of body tokens plus of classes; then over checkpoints: equal shares of a batch count alike."""
+        def means_of(values: Tensor) -> Tensor:
+            """Over scalars of each checkpoint, of body tokens plus of classes `(B,)`: equal shares of a batch count alike."""
             parts = [(values[:, part], mask[:, part]) for part in (slice(T), slice(T, None))]
-            return sum((v.sum((1, 2)) / m.sum((1, 2)).clamp(min=1)).mean() for v, m in parts)
+            return sum(v.sum((1, 2)) / m.sum((1, 2)).clamp(min=1) for v, m in parts)
 
-        reconstruction_loss = mean(error)
+        errors = means_of(error)
+        reconstruction_loss = errors.mean()
         kl = 0.5 * (means.square() + log_variance.exp() - 1 - log_variance).mean()
         loss, match_loss, foreign_loss = reconstruction_loss + self.config.kl_weight * kl, None, None
         noise_loss = share_loss = None
         if stds is not None and zoo_stds is not None:
-            ratio, whole = stds / zoo_stds.clamp(min=SMALLEST_STD), (zoo_stds * mask).flatten(1).norm(dim=1)
-            noise_loss = mean((0.5 * (ratio.square() - 1) - ratio.log()) * mask)
-            share = (torch.minimum(stds, zoo_stds) * mask).flatten(1).norm(dim=1) / whole.clamp(min=SMALLEST_STD)
-            share_loss = (self.config.noise_share - share).clamp(min=0).square().mean()
+            divergence, share_loss = noise_losses(stds, zoo_stds, mask, self.config.noise_share)
+            noise_loss = means_of(divergence).mean()
             loss = loss + self.config.noise_weight * noise_loss + SHARE_WEIGHT * share_loss
         if prompt_embeds is not None:
             fits = self.match(prompt_embeds, class_embeds, class_mask)
@@ -327,4 +328,20 @@ class WeightVAE(PreTrainedModel):
             reconstruction,
             stds,
             means,
+            errors,
         )
+
+
+def noise_losses(stds: Tensor, zoo_stds: Tensor, mask: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """
+    What learned noise is asked for: as much as the zoo has within a task, and in all at least a share of that.
+
+    Args:
+        stds, zoo_stds (`torch.FloatTensor` of shape `(B, L, S)`); mask, of the same shape, is 0 on padding.
+
+    Returns:
+        KL divergences of noise from the zoo's spread, `(B, L, S)`, and the mean square of what the noise lacks of its share.
+    """
+    ratio, whole = stds / zoo_stds.clamp(min=SMALLEST_STD), (zoo_stds * mask).flatten(1).norm(dim=1)
+    there = (torch.minimum(stds, zoo_stds) * mask).flatten(1).norm(dim=1) / whole.clamp(min=SMALLEST_STD)
+    return (0.5 * (ratio.square() - 1) - ratio.log()) * mask, (share - there).clamp(min=0).square().mean()

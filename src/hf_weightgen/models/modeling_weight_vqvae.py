@@ -26,6 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .modeling_weight_vae import LOG_STDS, SHARE_WEIGHT, noise_losses
+
 
 APART = 4.0  # length of a code before training: Gumbel noise, whose std is 1.3, does not drown distances of such codes
 
@@ -46,6 +48,9 @@ class WeightVQVAEConfig(PreTrainedConfig):
         codes_per_token: R; each further code says what the codes in front of it left.
         codebook_weight, commitment_weight: Of what moves codes to the encoder's outputs, and these to the codes.
         uniform_weight: Of the divergence of the codes' usage from all codes alike.
+        num_places: Tokens of the bodies of all known layouts, each of which has maps of its own in the decoder beside those that all
+            tokens share, which alone decode networks that are new; place_size: what these maps read.
+        learns_noise, noise_weight, noise_share: As of [`WeightVAEConfig`]: the decoder also tells what codes leave open.
     """
 
     model_type = "weight_vqvae"
@@ -64,6 +69,11 @@ class WeightVQVAEConfig(PreTrainedConfig):
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     uniform_weight: float = 1e-3
+    num_places: int = 0
+    place_size: int = 32
+    learns_noise: bool = False
+    noise_weight: float = 5e-3
+    noise_share: float = 0.55
 
     def __post_init__(self, **kwargs):
         if self.hidden_size % self.num_attention_heads:
@@ -85,6 +95,8 @@ class WeightVQVAEOutput(ModelOutput):
         weight_tokens (`torch.FloatTensor` of shape `(B, L, S)`): The reconstruction.
         codes (`torch.LongTensor` of shape `(B, L, R)`): -1 on padding.
         residuals (`torch.FloatTensor` of shape `(R, tokens, Z)`): What each code was asked to say, for [`WeightVQVAE.revive`].
+        token_stds (`torch.FloatTensor` of shape `(B, L, S)`): Of the learned noise.
+        reconstruction_errors (`torch.FloatTensor` of shape `(B,)`): Whose mean is the `reconstruction_loss`.
     """
 
     loss: Tensor | None = None
@@ -96,6 +108,8 @@ class WeightVQVAEOutput(ModelOutput):
     weight_tokens: Tensor | None = None
     codes: Tensor | None = None
     residuals: Tensor | None = None
+    token_stds: Tensor | None = None
+    reconstruction_errors: Tensor | None = None
 
 
 class WeightVQVAE(PreTrainedModel):
@@ -113,6 +127,13 @@ class WeightVQVAE(PreTrainedModel):
         self.token_out = nn.Linear(H, config.token_size)
         self.name_projection = nn.Linear(config.embedding_size, config.class_parts * config.token_size, bias=False)
         self.codebook = nn.Parameter(torch.empty(config.codes_per_token, config.num_codes, config.code_size))
+        outputs = config.token_size * (2 if config.learns_noise else 1)
+        if config.num_places:
+            self.place_in = nn.Parameter(torch.empty(config.num_places, H))
+            self.to_place = nn.Linear(H, config.place_size)
+            self.place_out = nn.Parameter(torch.empty(config.num_places, config.place_size, outputs))
+        if config.learns_noise:
+            self.noise_out = nn.Linear(H, config.token_size)
         self.post_init()
 
     def _transformer(self) -> nn.TransformerEncoder:
@@ -133,6 +154,17 @@ class WeightVQVAE(PreTrainedModel):
         if module is self:
             init.normal_(self.codebook, std=APART * self.config.code_size**-0.5)
             init.zeros_(self.name_projection.weight)
+            if self.config.num_places:
+                init.zeros_(self.place_in)
+                init.zeros_(self.place_out)
+            if self.config.learns_noise:  # at first the same everywhere
+                init.zeros_(self.noise_out.weight)
+
+    def freeze_codes(self, frozen: bool = True) -> None:
+        """Leaves what makes codes as it is, so that they stay what they are while the decoder trains."""
+        for part in (self.token_in, self.encoder, self.describe[0], self.name_in[0], self.to_code):
+            part.requires_grad_(not frozen)
+        self.codebook.requires_grad_(not frozen)
 
     def encode(self, weight_tokens: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
         """
@@ -186,23 +218,52 @@ class WeightVQVAE(PreTrainedModel):
         return sum(self.codebook[r][codes[..., r].clamp(min=0)] * known[..., r, :] for r in levels)
 
     def decode(
-        self, embedded: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor, class_parts: Tensor
+        self,
+        embedded: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        mask: Tensor,
+        class_parts: Tensor,
+        places: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             embedded (`torch.FloatTensor` of shape `(B, L, Z)`): See [`~WeightVQVAE.embed_codes`].
             descriptors, name_embeds, mask: See [`~WeightVQVAE.encode`].
             class_parts (`torch.LongTensor` of shape `(B, L)`): Which of its class's tokens each one is, from 1; 0 on others.
+            places (`torch.LongTensor` of shape `(L,)`, *optional*): The number of each token among those of all known layouts; another
+                one than 0 to `num_places - 1` where it has none. Default: none has.
+            noise (`torch.FloatTensor` of shape `(B, L, S)`, *optional*): Unit Gaussian; with it, and `learns_noise`, a sample of
+                p(w | codes), without it the mean.
 
         Returns:
             `torch.FloatTensor` of shape `(B, L, S)`: weight tokens.
         """
+        tokens, stds = self._decode(embedded, descriptors, name_embeds, mask, class_parts, places)
+        return tokens if noise is None or stds is None else tokens + stds * noise
+
+    def _decode(self, embedded, descriptors, name_embeds, mask, class_parts, places) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and with `learns_noise` the stds of their noise."""
+        config = self.config
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
+        known = places is not None and config.num_places > 0
+        if known:
+            real = (places >= 0) & (places < config.num_places)
+            places = places.clamp(0, config.num_places - 1)
+            hidden = hidden + self.place_in[places] * real[:, None]
         # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
         rows = self.name_projection(name_embeds).unflatten(-1, (self.config.class_parts, -1))
         part = (class_parts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, rows.shape[-1])
         of_names = rows.gather(2, part)[:, :, 0]  # names of other tokens are zeros
-        return self.token_out(self._in_windows(self.decoder, hidden, mask)) + of_names
+        hidden = self._in_windows(self.decoder, hidden, mask)
+        outputs = [self.token_out(hidden)] + ([self.noise_out(hidden)] if config.learns_noise else [])
+        outputs = torch.cat(outputs, -1)
+        if known:
+            maps = self.place_out[places] * real[:, None, None]
+            outputs = outputs + torch.einsum("bld,lds->bls", self.to_place(hidden), maps)
+        tokens, *log_stds = outputs.split(config.token_size, -1)
+        return tokens + of_names, log_stds[0].clamp(*LOG_STDS).exp() if log_stds else None
 
     def _in_windows(self, transformer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
         """`(B, L, H)`, each window by itself; zeros where a window has no token."""
@@ -223,6 +284,9 @@ class WeightVQVAE(PreTrainedModel):
         class_parts: Tensor,
         temperature: float = 0.0,
         uniform: Tensor | None = None,
+        places: Tensor | None = None,
+        codes: Tensor | None = None,
+        zoo_stds: Tensor | None = None,
     ) -> WeightVQVAEOutput:
         """
         Args:
@@ -230,8 +294,19 @@ class WeightVQVAE(PreTrainedModel):
             class_parts: See [`~WeightVQVAE.decode`]; class tokens count up to a shift that all classes share.
             temperature, uniform (`torch.FloatTensor` of shape `(B, L, R, K)`, *optional*): Of Gumbel-softmax, with draws from
                 [0, 1); without them the nearest codes are taken, which passes no gradient to the encoder but by commitment.
+            places: See [`~WeightVQVAE.decode`].
+            codes (`torch.LongTensor` of shape `(B, L, R)`, *optional*): What is decoded, in the place of what the encoder asks for.
+            zoo_stds (`torch.FloatTensor` of shape `(B, L, S)`, *optional*): Of the zoo's rows of each checkpoint's task, for
+                `learns_noise`.
         """
         config, mask = self.config, padding_mask.any(-1)
+        described = descriptors, name_embeds, mask, class_parts, places
+        if codes is not None:
+            tokens, stds = self._decode(self.embed_codes(codes).detach(), *described)
+            errors = self._errors(tokens, weight_tokens, padding_mask, class_parts)
+            loss, made = errors.mean() + self._of_noise(stds, zoo_stds, padding_mask), {"weight_tokens": tokens}
+            made |= {"codes": codes, "token_stds": stds, "reconstruction_errors": errors}
+            return WeightVQVAEOutput(loss, errors.mean(), **made)
         values = self.encode(weight_tokens, descriptors, name_embeds, mask)[mask]  # (tokens, Z)
         gumbel = None
         if temperature > 0:
@@ -243,9 +318,9 @@ class WeightVQVAE(PreTrainedModel):
             gumbel = -(-uniform[mask].clamp(min=tiny).log()).clamp(min=tiny).log()
         codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)
         embedded = values.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
-        reconstruction = self.decode(embedded, descriptors, name_embeds, mask, class_parts)
-        error = self._without_class_mean(reconstruction - weight_tokens, class_parts).square() * padding_mask
-        reconstruction_loss = (error.sum((1, 2)) / padding_mask.sum((1, 2)).clamp(min=1)).mean()
+        reconstruction, stds = self._decode(embedded, *described)
+        errors = self._errors(reconstruction, weight_tokens, padding_mask, class_parts)
+        reconstruction_loss = errors.mean()
         chosen = self.embed_codes(codes)
         codebook_loss = F.mse_loss(chosen, values.detach())
         commitment_loss = F.mse_loss(values, chosen.detach())
@@ -253,6 +328,7 @@ class WeightVQVAE(PreTrainedModel):
         uniform_loss = (usage * (usage.clamp(min=1e-12).log() + math.log(config.num_codes))).sum(-1).mean()
         loss = reconstruction_loss + config.codebook_weight * codebook_loss
         loss = loss + config.commitment_weight * commitment_loss + config.uniform_weight * uniform_loss
+        loss = loss + self._of_noise(stds, zoo_stds, padding_mask)
         every = codes.new_full((*mask.shape, config.codes_per_token), -1).masked_scatter(mask[..., None], codes)
         return WeightVQVAEOutput(
             loss,
@@ -264,7 +340,21 @@ class WeightVQVAE(PreTrainedModel):
             reconstruction,
             every,
             asked.detach(),
+            stds,
+            errors,
         )
+
+    def _errors(self, tokens: Tensor, weight_tokens: Tensor, padding_mask: Tensor, class_parts: Tensor) -> Tensor:
+        error = self._without_class_mean(tokens - weight_tokens, class_parts).square() * padding_mask
+        return error.sum((1, 2)) / padding_mask.sum((1, 2)).clamp(min=1)
+
+    def _of_noise(self, stds: Tensor | None, zoo_stds: Tensor | None, padding_mask: Tensor) -> Tensor | float:
+        if stds is None or zoo_stds is None:
+            return 0.0
+        mask = padding_mask.to(stds.dtype)
+        divergence, lacking = noise_losses(stds, zoo_stds, mask, self.config.noise_share)
+        divergence = (divergence.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)).mean()
+        return self.config.noise_weight * divergence + SHARE_WEIGHT * lacking
 
     def _without_class_mean(self, tokens: Tensor, class_parts: Tensor) -> Tensor:
         """`(B, L, S)` without the shift that all classes share; the softmax does not see it."""

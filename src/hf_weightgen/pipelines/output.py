@@ -23,6 +23,7 @@ from ..hub.untrusted import is_repo_id, read_json
 from ..targets import architectures
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import load_classifier
+from ..targets.symmetry import BUFFERS
 from ..targets.tasks import TASKS
 from .shards import sample_folders
 
@@ -82,7 +83,7 @@ class WeightGenOutput(BaseOutput):
 
         Raises:
             IndexError: If there is no such sample.
-            ValueError: If the weights are only a part of a network, as those of a zoo along one training run may be, or do not fit.
+            ValueError: If the weights are only a part of a network, as those of a zoo along one training run may be.
         """
         count = len(self.weights)
         if not -count <= index < count:
@@ -101,7 +102,7 @@ class WeightGenOutput(BaseOutput):
         if target["kind"] == "network":
             config = TargetConfig(**target["config"], num_classes=len(names), id2label=id2label, label2id=label2id)
             model = TargetModel(config)
-            lacking = [name for name, _ in model.named_parameters() if name not in weights]
+            lacking = [name for name in model.state_dict() if name not in weights and not name.endswith(BUFFERS[2])]
             if lacking:
                 raise ValueError(
                     f"The weights are a part of a network, without {lacking[0]!r}; load them onto the one whose training the zoo "

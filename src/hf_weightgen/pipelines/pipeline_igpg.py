@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +24,10 @@ from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
 from ..targets.mixed import in_words, same_network, target_numbers, target_of
 from ..weights.descriptors import SIZE
-from ..weights.layout import LayoutMismatchError
-from ..weights.lora import center_head
 from ..weights.pieces import Pieces
 from ..weights.tokenization import WeightTokenizer
 from ..weights.unseen import with_layout
+from .codes import Codes
 from .loading import check_settings, check_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
@@ -41,7 +40,7 @@ GIVEN = "given"  # name of an architecture that a caller brings
 CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
 
-class IGPGPipeline(WeightGenPipeline):
+class IGPGPipeline(Codes, WeightGenPipeline):
     r"""
     Generates LoRA adapters or small networks, several architectures from one generator, code by code.
 
@@ -136,7 +135,7 @@ class IGPGPipeline(WeightGenPipeline):
         Args:
             prompt, dataset, labels, num_samples, generator, prompt_embeds: As of a call of [`D2NWGPipeline`].
             architecture: One of the task's networks by its name, or any other, see [`~IGPGPipeline.with_architecture`].
-            temperature: Of sampling: 1 as learned, less is nearer to the likeliest codes, 0 takes them.
+            temperature: Of sampling: 1 as learned, less is nearer to the likeliest codes, 0 takes them, and decodes without noise.
             top_k, top_p: Only the `top_k` likeliest codes, or the likeliest ones that have `top_p` of the probability, may
                 follow; 0 and 1 leave all in.
             output_type: `"weights"`, or `"codes"` to stop before decoding.
@@ -197,11 +196,12 @@ class IGPGPipeline(WeightGenPipeline):
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
             written = self.prior.write_described(*arguments, **sampling if temperature else {}).cpu()
             for i, part in zip(places, written.split(num_samples), strict=True):
-                codes[i] = part
+                codes[i], own = part, generators[i * num_samples : (i + 1) * num_samples]
                 if output_type == "weights":
-                    weights[i] = self.decode_codes(part, layout, class_embeds[i])
-                for own, folder in zip(part, folders[i * num_samples :], strict=False):
-                    write_shards(self.stream_codes(own, layout, class_embeds[i]), folder, shard_size)
+                    weights[i] = self.decode_codes(part, layout, class_embeds[i], own if temperature else None)
+                for one, noise, folder in zip(part, own, folders[i * num_samples :], strict=False):
+                    given = layout, class_embeds[i], noise if temperature else None
+                    write_shards(self.stream_codes(one, *given), folder, shard_size)
         self.maybe_free_model_hooks()
         longest = max(own.shape[1] for own in codes)
         output = WeightGenOutput(
@@ -320,117 +320,12 @@ class IGPGPipeline(WeightGenPipeline):
                 ranked.append({"task": task["name"], "architecture": target.get("name"), "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
 
-    @torch.no_grad()
-    def encode_weights(
-        self, state_dicts: Sequence[Mapping[str, Tensor]], labels: Sequence[str]
-    ) -> tuple[Tensor, int, Tensor]:
-        """
-        Args:
-            state_dicts: Networks of one layout that the generator knows, as it was trained on them.
-            labels: Class names.
-
-        Returns:
-            What [`~IGPGPipeline.decode_codes`] needs: their codes `(N, L, R)`, the layout, and the embeddings of class names.
-
-        Raises:
-            LayoutMismatchError: If a network has no known layout, or they have several.
-        """
-        vqvae, tokenizer = self.vqvae, self.weight_tokenizer
-        encoded = tokenizer(state_dicts)
-        layouts = encoded["layout_ids"].unique().tolist()
-        if len(layouts) > 1:
-            raise LayoutMismatchError(f"Networks of one layout are encoded together, got those of {layouts}.")
-        if encoded["num_classes"].unique().tolist() not in ([0], [len(labels)]):
-            raise LayoutMismatchError(
-                f"`labels` names {len(labels)} classes, the networks have {encoded['num_classes'].unique().tolist()}."
-            )
-        class_embeds = self.encoder.embed(list(labels))[None]
-        pieces, *described = self._described(layouts[0], class_embeds)
-        described = (part.expand(len(state_dicts), -1, -1).to(vqvae.device) for part in described)
-        tokens = pieces.cut(encoded["weight_tokens"]).to(vqvae.device, vqvae.dtype)
-        values = vqvae.encode(tokens, *described, torch.ones_like(tokens[..., 0], dtype=torch.bool))
-        codes, *_ = vqvae.quantise(values.flatten(0, 1))
-        return codes.unflatten(0, values.shape[:2]).cpu(), layouts[0], class_embeds
-
-    @torch.no_grad()
-    def decode_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> list[dict[str, Tensor]]:
-        """
-        Args:
-            codes (`torch.LongTensor` of shape `(N, L, R)`); padding behind the network's own tokens is left out.
-            layout: Of `weight_tokenizer`.
-            class_embeds (`torch.FloatTensor` of shape `(1, C, E)`): Of the class names, or what the dataset encoder says of classes.
-
-        Returns:
-            `list[dict[str, torch.Tensor]]` of length N: state dicts.
-        """
-        vqvae, tokenizer, count = self.vqvae, self.weight_tokenizer, len(codes)
-        pieces, *described = self._described(layout, class_embeds)
-        described = (part.expand(count, -1, -1).to(vqvae.device) for part in described)
-        codes, parts = codes[:, : len(pieces)].to(vqvae.device), pieces.of_class.expand(count, -1).to(vqvae.device)
-        tokens = pieces.join(vqvae.decode(vqvae.embed_codes(codes), *described, codes[..., 0] >= 0, parts))
-        counts = torch.full((count,), self._class_tokens(layout, class_embeds))
-        weights = tokenizer.decode(tokens.float().cpu(), torch.full((count,), layout), counts)
-        return [center_head(state_dict, tokenizer.layouts[layout].head) for state_dict in weights]
-
-    @torch.no_grad()
-    def stream_codes(self, codes: Tensor, layout: int, class_embeds: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """
-        [`~IGPGPipeline.decode_codes`] of one network, window by window: of its weights, and of what describes them, a window and a
-        tensor are in memory.
-
-        Args:
-            codes (`torch.LongTensor` of shape `(L, R)`).
-
-        Yields:
-            Names and tensors, those of the head last.
-
-        Raises:
-            LayoutMismatchError: If the network has another number of tokens.
-        """
-        vqvae, size = self.vqvae, self.vqvae.config.window
-        pieces, of_classes = self._pieces(layout, class_embeds), class_embeds.cpu().to(vqvae.dtype)
-        if len(codes) != len(pieces):
-            raise LayoutMismatchError(
-                f"Layout {layout} with these classes has {len(pieces)} tokens, got codes of {len(codes)}."
-            )
-
-        def windows() -> Iterator[Tensor]:
-            for start in range(0, len(codes), size):
-                part = slice(start, start + size)
-                own = codes[part].to(vqvae.device)
-                read = own[None, :, 0] >= 0, pieces.of_class[None, part]
-                read = vqvae.embed_codes(own)[None], *pieces.described(of_classes, part), *read
-                yield vqvae.decode(*(tensor.to(vqvae.device) for tensor in read))[0].float().cpu()
-
-        head = self.weight_tokenizer.layouts[layout].head
-        of_head = {}
-        classes = self._class_tokens(layout, class_embeds)
-        for name, tensor in self.weight_tokenizer.decode_stream(pieces.join_stream(windows()), layout, classes):
-            if name in head:
-                of_head[name] = tensor
-            else:
-                yield name, tensor
-        yield from center_head(of_head, head).items()
-
     def _read(self, pieces: Pieces, class_embeds: Tensor, part: slice) -> list[Tensor]:
         """What the prior reads of some pieces."""
         return [self._to_prior(told) for told in pieces.described(class_embeds, part)]
 
     def _to_prior(self, part: Tensor) -> Tensor:
         return part.to(self.prior.device, self.prior.dtype)
-
-    def _described(self, layout: int, class_embeds: Tensor) -> tuple[Pieces, Tensor, Tensor]:
-        """For class names `(n, C, E)` the network's pieces, what they are, `(n, L, D)`, and the names of their classes `(n, L, E)`."""
-        pieces = self._pieces(layout, class_embeds)
-        return pieces, *pieces.described(class_embeds.cpu().to(self.vqvae.dtype))
-
-    def _pieces(self, layout: int, class_embeds: Tensor) -> Pieces:
-        classes = self._class_tokens(layout, class_embeds)
-        return Pieces(self.weight_tokenizer, layout, classes, self.vqvae.config.token_size)
-
-    def _class_tokens(self, layout: int, class_embeds: Tensor) -> int:
-        """A network whose head is too wide for class tokens has none."""
-        return class_embeds.shape[1] if self.weight_tokenizer.layouts[layout].head else 0
 
     def _conditions(self, asked: Request, targets: Sequence[dict]) -> Tensor:
         """Of prompts and their targets, or of one prompt and all of these: `(targets, conditions, E)`, zeros for what is not told."""

@@ -159,6 +159,10 @@ class ZooTensors:
         """Row numbers of each task."""
         return [torch.nonzero(self.task_of == task).flatten() for task in range(len(self.tasks))]
 
+    def rows_of(self, task: int) -> Tensor:
+        """Numbers of the rows of a task."""
+        return self._rows_of[task]
+
     @cached_property
     def stds(self) -> Tensor:
         """`(tasks, T + C, S)`: the spread of the rows of each task."""

@@ -20,6 +20,7 @@ from ..weights.pieces import Pieces
 from ..weights.tokenization import WeightTokenizer
 from .batches import FEW_CLASSES, PROMPT_NOISE, StepRandom, ZooTensors
 from .dataset_encoder import DRAWS
+from .objectives import NOISE_RAMP, weights_of
 
 
 COLDEST = 0.3  # temperature of codes at the end: colder ones keep accidents of the networks that train
@@ -27,6 +28,8 @@ REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
 LARGEST = 96  # scalars that the codes of one place stand for
+PLACELESS = 0.15  # share of the autoencoder's calls that are not told which known tokens these are
+MIXED = 0.6  # share of codes that may be those of another row
 PARTS = 0.25  # share of the prior's steps that read networks from some token on, as parts of long ones are written
 UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it has the descriptions of its tokens
 
@@ -60,6 +63,7 @@ def of_layout(
         "descriptors": pieces.describe().expand(len(rows), -1, -1),
         "name_embeds": pieces.names(names * classes[..., None]),
         "class_parts": pieces.of_class * mask.any(-1),
+        "places": pieces.places,
     }
 
 
@@ -76,7 +80,7 @@ class VQVAELoss:
     Args:
         steps: Over which the temperature falls.
         hottest: Temperature at the start; where codes say something already, as cold as it ended, or they are forgotten.
-        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each layout.
+        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each task.
         gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
     """
 
@@ -118,12 +122,13 @@ class VQVAELoss:
         for layout, own in by_layout(zoo, rows):
             pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size)
             lengths, shape = data["padding_mask"].any(-1).sum(1), (config.codes_per_token, config.num_codes)
+            data["places"] = _places(data["places"], random, layout)
             draws = random.uniform_rows(own.tolist(), lengths.tolist(), *shape, purpose=70)
-            uniform = pad_sequence(draws, batch_first=True)
-            output = model(**data, temperature=temperature, uniform=uniform)
-            share, weight = len(own) / len(rows), self.reconstruction_weight
-            weight = weight if isinstance(weight, (int, float)) else weight[layout]
-            loss = loss + share * (output.loss + (weight - 1) * output.reconstruction_loss)
+            uniform, spread = pad_sequence(draws, batch_first=True), _spread(zoo, tokenizer, rows[own], layout, pieces)
+            output = model(**data, temperature=temperature, uniform=uniform, zoo_stds=spread)
+            loss = loss + len(own) / len(rows) * output.loss
+            weights = weights_of(self.reconstruction_weight, zoo.task_of[rows[own]]) - 1
+            loss = loss + (weights * output.reconstruction_errors).sum() / len(rows)
             if self.function_loss is not None:
                 tokens = pieces.join(output.weight_tokens)
                 wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, tokens)), tokens)
@@ -147,6 +152,72 @@ class VQVAELoss:
         least = LEAST * self.usage.mean()
         self.vqvae.revive(self.usage, kept, draw, least.item())
         self.usage = torch.maximum(self.usage, least)
+
+
+class DecoderLoss:
+    """
+    A step of the decoder alone, with noise where it learns some: codes stay what they are, or a decoder that is asked what networks
+    do would soon have them say nothing. Some rows have codes of another row of their task among their own, as a prior's have.
+
+    Args:
+        function_loss, reconstruction_weight: As of [`VQVAELoss`].
+    """
+
+    def __init__(
+        self,
+        vqvae: WeightVQVAE,
+        zoo: ZooTensors,
+        tokenizer: WeightTokenizer,
+        function_loss: Callable,
+        reconstruction_weight: float | Sequence[float] = 1.0,
+    ):
+        self.zoo, self.tokenizer, self.size = zoo, tokenizer, vqvae.config.token_size
+        self.function_loss, self.reconstruction_weight = function_loss, reconstruction_weight
+        self.codes, _ = encode_zoo(vqvae, zoo, tokenizer)
+
+    def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
+        zoo, tokenizer = self.zoo, self.tokenizer
+        rows = zoo.draw_rows(random)
+        tasks, codes = zoo.task_of[rows], self._mixed(rows, random)
+        names, loss = zoo.names(tasks, random), torch.zeros(())
+        wide, stds = (torch.zeros(len(rows), *zoo.weight_tokens.shape[1:]) for _ in range(2))
+        for layout, own in by_layout(zoo, rows):
+            pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], self.size)
+            data["places"] = _places(data["places"], random, layout)
+            spread = _spread(zoo, tokenizer, rows[own], layout, pieces)
+            output = model(**data, codes=codes[own, : len(pieces)], zoo_stds=spread)
+            loss = loss + len(own) / len(rows) * output.loss
+            weights = weights_of(self.reconstruction_weight, tasks[own]) - 1
+            loss = loss + (weights * output.reconstruction_errors).sum() / len(rows)
+            tokens = pieces.join(output.weight_tokens)
+            where = own[:, None], _side_by_side(tokenizer, layout, tokens)
+            wide = wide.index_put(where, tokens)
+            if output.token_stds is not None:
+                stds = stds.index_put(where, pieces.join(output.token_stds))
+        noise = min(1.0, random.step / NOISE_RAMP) * random.normal(*wide.shape[1:], purpose=24)
+        return loss + self.function_loss(wide + stds * noise, zoo.weight_tokens[rows], rows, random)
+
+    def _mixed(self, rows: Tensor, random: StepRandom) -> Tensor:
+        """Codes `(b, L, R)` of rows, half of which have up to a share of [`MIXED`] of another row of their task."""
+        codes, zoo = self.codes[rows], self.zoo
+        others = [
+            own[int(u * len(own))]
+            for own, u in zip(map(zoo.rows_of, zoo.task_of[rows]), random.uniform(purpose=71), strict=True)
+        ]
+        share = (2 * random.uniform(purpose=72) - 1).clamp(min=0) * MIXED
+        taken = random.uniform(codes.shape[1], purpose=73) < share[:, None]
+        return torch.where(taken[..., None], self.codes[torch.stack(others)], codes)
+
+
+def _places(places: Tensor, random: StepRandom, layout: int) -> Tensor:
+    """Now and then -1: a network that is new has none."""
+    untold = random.shared_integers(1000, 1, purpose=100 + layout).item() < 1000 * PLACELESS
+    return torch.full_like(places, -1) if untold else places
+
+
+def _spread(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, pieces: Pieces) -> Tensor:
+    """Stds of the rows of each row's task, `(b, n, s)`."""
+    return pieces.cut(tokenizer.own_tokens(zoo.stds[zoo.task_of[rows]], layout)[:, : pieces.num_tokens])
 
 
 @torch.no_grad()

@@ -19,16 +19,18 @@ from .batches import StepRandom, ZooTensors
 from .sources import Source, in_architecture
 
 
-def joined(sources: Sequence[Source]) -> Source:
+def joined(sources: Sequence[Source], first: Sequence[int] | None = None) -> Source:
     """
     Sources with tokens of one size as one. Where one of them asks decoded networks, the others' rows pass by; weight-space error
     counts in each layout as its source has it.
 
     Args:
         sources: Those with examples of datasets first; the last one alone may have a shared start.
+        first: Their numbers in the order in which they give a task its default architecture. Default: as they come.
 
     Raises:
-        ValueError: If token sizes differ, two sources have the same task in architectures of one name, or the order is another.
+        ValueError: If token sizes differ, two sources have the same task in architectures of one name, or layouts of the same
+            tensors, or the order is another.
     """
     sizes = [source.tokenizer.token_size for source in sources]
     if len(set(sizes)) > 1:
@@ -41,7 +43,8 @@ def joined(sources: Sequence[Source]) -> Source:
         raise ValueError("Sources with examples of datasets must be in front of those without.")
     tokenizer = WeightTokenizer(sizes[0], [layout for s in sources for layout in s.tokenizer.to_dict()["layouts"]])
     parts = _parts(sources)
-    targets, target_of, known = _targets(sources, parts)
+    first = range(len(sources)) if first is None else first
+    targets, target_of, known = _targets(sources, parts, first)
     asked = {name: (source, own) for source, of in zip(sources, names, strict=True) for own, name in of.items()}
 
     def rows(zoos: Sequence[ZooTensors]) -> ZooTensors:
@@ -60,7 +63,7 @@ def joined(sources: Sequence[Source]) -> Source:
         train=rows([source.train for source in sources]),
         held_out=rows([source.held_out for source in sources]),
         runs=[[part.rows.start + r for r in run] for s, part in zip(sources, parts, strict=True) for run in s.runs],
-        target=targets[0],
+        target=targets[sum(len(source.targets or [source.target]) for source in sources[: first[0]])],
         targets=targets,
         target_of=target_of,
         known_tasks=known,
@@ -84,13 +87,16 @@ def joined(sources: Sequence[Source]) -> Source:
 
 def _names(sources: Sequence[Source]) -> list[dict[str, str]]:
     """Of each source the names of its tasks, and their names among all: with that of the architecture where others have it too."""
-    every = Counter(task for source in sources for task in source.train.tasks)
+    every = Counter(known["name"] for source in sources for known in source.known_tasks)
     names = []
     for source in sources:
-        targets = source.targets or [source.target]
-        of_tasks = [targets[number].get("name") for number in source.targets_of_tasks]
-        pairs = zip(source.train.tasks, of_tasks, strict=True)
-        names.append({task: task if every[task] == 1 else in_architecture(task, name) for task, name in pairs})
+        targets, own = source.targets or [source.target], {}
+        for task, number in zip(source.train.tasks, source.targets_of_tasks, strict=True):
+            name = targets[number].get("name")
+            known = (one["name"] for one in source.known_tasks)
+            base = next((one for one in known if task in (one, in_architecture(one, name))), task)
+            own[task] = in_architecture(base, name) if every[base] > 1 else task
+        names.append(own)
     told = [name for of in names for name in of.values()]
     if len(set(told)) < len(told):
         twice = next(name for name in told if told.count(name) > 1)
@@ -166,18 +172,21 @@ def _datasets(zoo: ZooTensors) -> Tensor:
     return torch.arange(len(zoo.tasks)) if zoo.dataset_of is None else zoo.dataset_of
 
 
-def _targets(sources: Sequence[Source], parts: Sequence[_Part]) -> tuple[list[dict], list[int], list[dict]]:
+def _targets(
+    sources: Sequence[Source], parts: Sequence[_Part], first: Sequence[int]
+) -> tuple[list[dict], list[int], list[dict]]:
     """All targets, the number of that of each task, and known tasks with the numbers of theirs, one for all that have its name."""
-    targets, target_of, known = [], [], {}
-    for source, part in zip(sources, parts, strict=True):
+    targets, target_of, known, source_of = [], [], {}, []
+    for place, (source, part) in enumerate(zip(sources, parts, strict=True)):
         before = len(targets)
         own = source.targets or [{"layout": 0, **source.target}]
         targets += [{**target, "layout": part.layout + target["layout"]} for target in own]
+        source_of += [place] * len(own)
         target_of += [before + number for number in source.targets_of_tasks]
         for task in source.known_tasks:
             same, numbers = known.get(task["name"]), [before + number for number in target_numbers(task)]
             if same is not None:
-                task, numbers = same, target_numbers(same) + numbers
+                task, numbers = same, sorted(target_numbers(same) + numbers, key=lambda n: first.index(source_of[n]))
             rest = {name: value for name, value in task.items() if name not in ("target", "targets")}
             known[task["name"]] = rest | ({"target": numbers[0]} if len(numbers) == 1 else {"targets": numbers})
     return targets, target_of, list(known.values())

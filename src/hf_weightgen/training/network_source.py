@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..targets.architectures import HEAD, TargetConfig, architecture
-from ..targets.base_models import TextEncoder, weights_sha256
+from ..targets.base_models import TextEncoder, resolve_base, weights_sha256
 from ..targets.image_encoders import MOBILENET, ImageEncoder
 from ..targets.mixed import architecture_codes
 from ..targets.stacked import stack
@@ -107,7 +107,7 @@ def network_source(
     """
     keep_memory()
     opened = [load_zoo(zoo) for zoo in zoos]
-    _check(zoos, opened, 1 if images is None else 3)
+    _check(zoos, opened, 1 if images is None else 3, encoder)
     specs = [get_task(name) for name in dict.fromkeys(name for rows in opened for name in rows["task"])]
     if images is None:
         texts = load_texts(specs, encoder, data_root, cache)
@@ -159,7 +159,6 @@ def network_source(
         architecture_codes=architecture_codes(targets, known, train.prompt_embeds[0].shape[1]),
     )
     large = any(pair.large for pair in pairs)
-    unasked = {layout for pair, layout in zip(pairs, layouts, strict=True) if pair.large}  # what they do is no loss
     splits = {name: [pair.data.validation, pair.data.test] for name, pair in by_name.items()}
     splits = {n: [s.first(TEST_IMAGES) if by_name[n].large else s for s in both] for n, both in splits.items()}
     inputs = {name: [by_name[name].data.inputs(split) for split in both] for name, both in splits.items()}
@@ -214,7 +213,7 @@ def network_source(
         vae_steps=1500,
         task_steps=8000 if task_loss else 0,
         task_loss=task_loss,
-        task_reconstruction=[1.0 if k in unasked else TASK_RECONSTRUCTION for k in range(len(tokenizer.layouts))],
+        task_reconstruction=[1.0 if pair.large else TASK_RECONSTRUCTION for pair in pairs],
         task_learning_rate=5e-4,
         vae_settings=vae_settings,
         max_train_steps=2000,
@@ -234,14 +233,19 @@ def network_source(
     return source
 
 
-def _check(zoos: Sequence[str], opened: Sequence[Dataset], axes: int) -> None:
+def _check(zoos: Sequence[str], opened: Sequence[Dataset], axes: int, encoder: TextEncoder) -> None:
     places: dict[tuple[str, str], str] = {}
     for zoo, rows in zip(zoos, opened, strict=True):
-        if len(rows[0]["arch"].get("input_shape", ())) != axes:
+        arch, saw = rows[0]["arch"], rows[0]["provenance"].get("encoder")
+        if len(arch.get("input_shape", ())) != axes or "activation" not in arch:  # those from few examples have none
             kind = "networks on images" if axes == 3 else "heads on features"
             raise ValueError(
-                f"The zoo {zoo!r} holds no {kind}: its first row is {str(rows[0]['arch'])[:80]}. Only zoos of {kind} train one "
+                f"The zoo {zoo!r} holds no {kind}: its first row is {str(arch)[:80]}. Only zoos of {kind} train one "
                 "generator together; give another zoo alone."
+            )
+        if axes == 1 and saw != weights_sha256(resolve_base(encoder.model.name_or_path)):
+            raise ValueError(
+                f"The heads of the zoo {zoo!r} read what another encoder says of sentences: weights {saw}."
             )
         tasks = list(rows["task"])
         for task in dict.fromkeys(tasks):

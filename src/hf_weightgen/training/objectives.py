@@ -34,7 +34,7 @@ def vae_loss(
     Args:
         function_loss: `(reconstructed tokens, true tokens, row numbers, step's random) -> scalar`: how far the outputs of
             the decoded networks are from the originals'. Weight-space error says little about accuracy.
-        reconstruction_weight: Of weight-space error beside it; one for each layout is averaged over the batch.
+        reconstruction_weight: Of weight-space error beside it, or one for each task.
     """
     rows = zoo.draw_rows(random)
     tasks = zoo.task_of[rows]
@@ -63,10 +63,15 @@ def vae_loss(
         scale = config.noise_scale * min(1.0, random.step / NOISE_RAMP)
         noise = random.normal(*decoded.shape[1:], purpose=24)
         decoded = decoded + scale * _take(output.token_stds, in_order) * noise
-    if not isinstance(reconstruction_weight, (int, float)):
-        reconstruction_weight = torch.tensor(reconstruction_weight)[zoo.layout_of[rows]].mean()
-    loss = output.loss + (reconstruction_weight - 1) * output.reconstruction_loss
+    loss = output.loss + ((weights_of(reconstruction_weight, tasks) - 1) * output.reconstruction_errors).mean()
     return loss + function_loss(decoded, zoo.weight_tokens[rows], rows, random)
+
+
+def weights_of(weight: float | Sequence[float], tasks: Tensor) -> Tensor:
+    """Of each row of a batch, `(b,)`, of tasks `(b,)`: one weight for all, or that of its task."""
+    return torch.tensor(
+        [weight] * len(tasks) if isinstance(weight, (int, float)) else [weight[t] for t in tasks.tolist()]
+    )
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

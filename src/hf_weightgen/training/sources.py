@@ -30,6 +30,7 @@ from ..zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
 from .batches import StepRandom, ZooTensors
 from .dataset_encoder import DRAWS, with_datasets
 from .function_loss import AdapterLoss, BatchDecoder
+from .objectives import weights_of
 
 
 PROMPT_CENTRES = 4  # per known task
@@ -45,7 +46,7 @@ class Source:
         runs: per task of `train`, one row number per independent run.
         vae_steps: Steps of the autoencoder with `function_loss`, see [`~training.objectives.vae_loss`].
         task_steps: Further steps with `task_loss` in its place, which asks more than to do what the zoo does; task_reconstruction:
-            the weight of weight-space error in them, or one for each layout.
+            the weight of weight-space error in them, or one for each task.
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
         thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
@@ -94,9 +95,8 @@ class Source:
 
     @property
     def reconstruction_weights(self) -> list[float]:
-        """`task_reconstruction` of each layout."""
-        weight = self.task_reconstruction
-        return [weight] * len(self.tokenizer.layouts) if isinstance(weight, (int, float)) else list(weight)
+        """`task_reconstruction` of each task."""
+        return weights_of(self.task_reconstruction, torch.arange(len(self.train.tasks))).tolist()
 
     def initialise(self, vae: WeightVAE) -> None:
         """What is known before training: zoo means, and the base adapter's head as a function of class names."""

@@ -26,6 +26,8 @@ class Pieces:
     Attributes:
         token, part (`torch.LongTensor` of shape `(n,)`): Each piece's token, and which part of it.
         of_class (`torch.LongTensor` of shape `(n,)`): 1 + `part` on pieces of class tokens, 0 on others.
+        places (`torch.LongTensor` of shape `(n,)`): Their numbers among the pieces of the bodies of all layouts of the tokenizer, see
+            [`num_places`]; -1 on those of classes.
 
     Raises:
         LayoutMismatchError: If tokens do not divide into pieces.
@@ -36,11 +38,13 @@ class Pieces:
             raise LayoutMismatchError(f"Tokens of {tokenizer.token_size} scalars do not divide into pieces of {size}.")
         self.parts, self.size = tokenizer.token_size // size, size
         self.num_classes, self._described = num_classes, functools.partial(tokenizer.describe, layout, num_classes)
-        counts = -(-tokenizer.filled(layout, num_classes) // size)
+        counts = _counts(tokenizer, layout, num_classes, size)
         self.num_tokens, body = len(counts), len(counts) - num_classes
         self.token = torch.arange(len(counts)).repeat_interleave(counts)
         self.part = torch.arange(len(self.token)) - (counts.cumsum(0) - counts)[self.token]
         self.of_class = (1 + self.part) * (self.token >= body)
+        first = sum(_counts(tokenizer, earlier, 0, size).sum() for earlier in range(layout))
+        self.places = torch.where(self.token < body, first + torch.arange(len(self.token)), -1)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -91,3 +95,13 @@ class Pieces:
                 whole = waiting.new_zeros(int(token[-1]) + 1, self.parts, self.size)
                 yield whole.index_put((token, self.part[done:complete]), waiting[: complete - done]).flatten(1)
                 done, waiting = complete, waiting[complete - done :]
+
+
+def num_places(tokenizer: WeightTokenizer, size: int) -> int:
+    """Pieces that the bodies of all layouts have."""
+    return int(sum(_counts(tokenizer, layout, 0, size).sum() for layout in range(len(tokenizer.layouts))))
+
+
+def _counts(tokenizer: WeightTokenizer, layout: int, num_classes: int, size: int) -> Tensor:
+    """How many pieces each token has."""
+    return -(-tokenizer.filled(layout, num_classes) // size)

@@ -185,6 +185,7 @@ class WeightTokenizer(FeatureExtractionMixin):
 
     def filled(self, layout_id: int, num_classes: int) -> Tensor:
         """The scalars that each token of a checkpoint holds, `(N_k + C,)`."""
+        self._check_counts(torch.tensor([layout_id]), torch.tensor([num_classes]))
         return self._plan(layout_id).filled(num_classes)
 
     def template(self, layout_ids: Sequence[int] | Tensor, num_classes: Sequence[int] | Tensor) -> BatchFeature:

@@ -17,10 +17,10 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from ..targets.architectures import TargetConfig, architecture
-from ..targets.base_models import MINILM, TextEncoder, load_encoder
+from ..targets.base_models import MINILM, TextEncoder, load_encoder, resolve_base, weights_sha256
 from ..targets.stacked import unstack
 from ..targets.tasks import TaskSpec
-from .features import load_texts
+from .features import MOST_TEXTS, load_texts
 from .folder import ZooFolder
 from .images import ImageData, load_images
 from .networks import initial, keep_memory, predict_networks, train_networks
@@ -134,11 +134,14 @@ def build_network_zoo(
         state = PartialState(cpu=True)
         share = state.process_index, state.num_processes
     epochs = {spec.name: config.of(spec.name).epochs for spec in specs}
-    check_same_config(folder.path, asdict(config))
-    write_config(folder.path, asdict(config))
+    settings, encoder = asdict(config), encoder or (load_encoder(MINILM) if config.reads_features else None)
+    if config.reads_features:
+        settings |= {"encoder": weights_sha256(resolve_base(encoder.model.name_or_path)), "sentences": MOST_TEXTS}
+    check_same_config(folder.path, settings)
+    write_config(folder.path, settings)
     keep_memory()
     if config.reads_features:
-        data = load_texts(specs, encoder or load_encoder(MINILM), data_root, cache)
+        data = load_texts(specs, encoder, data_root, cache)
     else:
         data = load_images(specs, data_root, architecture(config.architecture).input_shape[1])
     done = folder.finished()
@@ -211,6 +214,7 @@ def train_group(data: ImageData, seeds: Sequence[int], config: NetworkZooConfig,
                     "config": spec.config,
                     "data_revision": data.data_revision,
                     "removed_duplicates": data.removed_duplicates,
+                    "encoder": getattr(data, "encoder", None),
                     "mean": data.mean,
                     "std": data.std,
                     "hyper_parameters": {**asdict(config), **asdict(protocol), "bias": BIAS, "optimizer": "Adam"},

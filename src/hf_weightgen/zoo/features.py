@@ -8,6 +8,8 @@ Notation: C classes, n examples and q queries of each; F size of a feature; `poo
 """
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from ..targets.base_models import TextEncoder
+from ..targets.base_models import TextEncoder, resolve_base, weights_sha256
 from ..targets.image_encoders import ImageEncoder
 from ..targets.tasks import TaskSpec, get_task
 from .images import ImageData, Images, load_images
@@ -53,8 +55,16 @@ class FeatureSet:
         return len(self.classes)
 
 
+@dataclass
 class EncodedTexts(ImageData):
-    """A text task as a frozen encoder sees it: features `(n, F)` in the place of pixels, which networks read as they are."""
+    """
+    A text task as a frozen encoder sees it: features `(n, F)` in the place of pixels, which networks read as they are.
+
+    Args:
+        encoder: SHA-256 of its weights.
+    """
+
+    encoder: str = ""
 
     def inputs(self, images: Images) -> Tensor:
         return images.pixels
@@ -217,14 +227,14 @@ def load_texts(
         ValueError: If two texts make an example.
     """
     specs = _of_one_text(specs)
-    data, found = load_tasks(specs, data_root), {}
+    data, found, told = load_tasks(specs, data_root), {}, weights_sha256(resolve_base(encoder.model.name_or_path))
     for spec in tqdm(specs, desc="encode", unit="task"):
         own, parts = data[spec.name], []
         for rows in (own.train, own.validation, own.test):
             rows = evaluation_subset(rows, limit)
             seen = _remembered(encoder, rows["text"][:], cache)
             parts.append(Images(seen, torch.tensor(rows["label"][:]), [b""] * len(rows)))
-        found[spec.name] = EncodedTexts(spec, *parts, [], [], own.removed_duplicates, own.data_revision)
+        found[spec.name] = EncodedTexts(spec, *parts, [], [], own.removed_duplicates, own.data_revision, told)
     return found
 
 
@@ -245,7 +255,7 @@ def _remembered(encoder: TextEncoder | ImageEncoder, inputs: Tensor | list[str],
     file = Path(cache) / f"{hashlib.blake2b(told + content, digest_size=12).hexdigest()}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        save_file({"features": encoder.embed(inputs).half()}, temporary)
-        temporary.rename(file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:  # of this process alone
+            save_file({"features": encoder.embed(inputs).half()}, Path(temporary) / file.name)
+            os.replace(Path(temporary) / file.name, file)
     return F.normalize(load_file(file)["features"].float(), dim=-1)

@@ -227,7 +227,12 @@ def build_trajectory_zoo(
     group = f"{spec.name}-{config.architecture}-trajectory"
     if any(name.startswith(group) for name in folder.finished()):
         return folder
-    data = load_images([spec], data_root, architecture(config.architecture).input_shape[1])[spec.name]
+    shape = architecture(config.architecture).input_shape
+    if len(shape) != 3:
+        raise ValueError(
+            f"`architecture` must be a network on images, got {config.architecture!r}, which reads features."
+        )
+    data = load_images([spec], data_root, shape[1])[spec.name]
     target = architecture(config.architecture, len(spec.labels), data.train.pixels.shape[1])
     network = read_network(checkpoint, target)
     keep_memory()
