@@ -80,7 +80,7 @@ def generate(
     told += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
-    if texts and pipe.config.target["kind"] != "adapter":
+    if texts and all(target["kind"] != "adapter" for target in pipe.targets):
         raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
     if not texts and out is None:
         print("The weights are made and not kept: --out DIR saves them, --try TEXT uses them.", file=sys.stderr)
@@ -93,6 +93,8 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         **{name: value for name, value in settings.items() if value is not None},
     )
+    if texts and output.targets[0]["kind"] != "adapter":
+        raise ValueError(f"--try needs a text classifier; {output.tasks[0]!r} has none in this architecture.")
     output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))} --out DIR"
     folders = output.save_pretrained(out) if out is not None else []
     results = []

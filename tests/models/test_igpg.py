@@ -80,6 +80,27 @@ def test_of_a_long_network_a_context_is_described_at_once(prior, monkeypatch):
     assert max(seen) <= SETTINGS["max_position_embeddings"] // 2 and seen.count(7) > 10
 
 
+@torch.no_grad()
+def test_parts_of_a_long_network_follow_from_what_stands_at_their_slots(prior):
+    prior.config.max_position_embeddings, prior.config.tail = 5 + 9, 3  # parts start within a token
+    data = asked(2, 11)
+    written = prior.write(**data)
+    slots, levels = prior.slots(data["descriptors"], data["name_embeds"]), torch.tensor([0, 8])
+    prefix, ids = prior.prefix(data["conditions"], slots.mean(1, keepdim=True)), (written + levels).flatten(1)
+    done = 0
+    while done < ids.shape[1]:
+        start = max(0, done - 3)
+        end = min(start + 9, ids.shape[1])
+        before = torch.cat([prior.start.expand(2, 1, -1), prior.model.embed_tokens(ids[:, start : end - 1])], 1)
+        inputs = torch.cat([prefix, before + slots[:, start:end]], 1)
+        logits = prior.lm_head(prior.model(inputs_embeds=inputs).last_hidden_state[:, prefix.shape[1] :])
+        for place in range(done, end):
+            level = 8 * (place % 2)
+            likeliest = logits[:, place - start, level : level + 8].argmax(-1) + level
+            assert torch.equal(likeliest, ids[:, place])
+        done = end
+
+
 def test_what_is_longer_than_the_context_sees_the_tail_of_what_is_there(prior):
     data = asked(1, 40)  # 80 codes, of which 59 fit beside the prefix
     for parameter in (*prior.model.parameters(), prior.lm_head.weight):

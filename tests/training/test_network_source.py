@@ -142,6 +142,24 @@ def test_all_stages_train_on_it(source):
     assert scores.keys() == {task for task in TASKS if source.counts(task)} and min(scores.values()) > 0.6
 
 
+def test_the_error_of_each_task_has_its_own_weight(source):
+    settings = {"token_size": source.tokenizer.token_size, "num_body_tokens": source.tokenizer.num_all_body_tokens}
+    vae = WeightVAE(WeightVAEConfig(**settings, hidden_size=16, token_width=4))
+    train = source.train
+
+    def gradients(weights) -> list[float]:
+        rows = replace(train, weight_tokens=train.weight_tokens.clone().requires_grad_())
+        vae_loss(vae, rows, draws(), lambda *step: torch.zeros(()), weights).backward()
+        # a task's rows are told apart in the loss by the places of their own layout
+        return [rows.weight_tokens.grad[train.task_of == task].norm().item() for task in range(2)]
+
+    vae.eval()
+    both, first, second = gradients(1.0), gradients([1.0, 0.0]), gradients([0.0, 1.0])
+    assert gradients([1.0, 1.0]) == both
+    assert first[1] < 0.1 * both[1] and second[0] < 0.1 * both[0]
+    assert first[0] == pytest.approx(both[0], rel=0.1) and second[1] == pytest.approx(both[1], rel=0.1)
+
+
 def fit(model: torch.nn.Module, loss_at, steps: int) -> list[float]:
     """Means of the losses of the first and the last fifth of the steps."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
