@@ -79,7 +79,6 @@ class VQVAELoss:
 
     Args:
         steps: Over which the temperature falls.
-        hottest: Temperature at the start; where codes say something already, as cold as it ended, or they are forgotten.
         function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each task.
         gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
     """
@@ -93,9 +92,8 @@ class VQVAELoss:
         function_loss: Callable | None = None,
         reconstruction_weight: float | Sequence[float] = 1.0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        hottest: float = 1.0,
     ):
-        self.vqvae, self.zoo, self.tokenizer, self.steps, self.hottest = vqvae, zoo, tokenizer, steps, hottest
+        self.vqvae, self.zoo, self.tokenizer, self.steps = vqvae, zoo, tokenizer, steps
         self.function_loss, self.reconstruction_weight, self.gather = function_loss, reconstruction_weight, gather
         self.usage = torch.ones(vqvae.config.codes_per_token, vqvae.config.num_codes)
         self.asked: Tensor | None = None  # what the encoder asked for in the step before
@@ -140,7 +138,7 @@ class VQVAELoss:
         return loss
 
     def _temperature(self, step: int) -> float:
-        return self.hottest * (COLDEST / self.hottest) ** (step / max(1, self.steps - 1))
+        return COLDEST ** (step / max(1, self.steps - 1))
 
     def _revive(self, random: StepRandom) -> None:
         """Before a step and not within it: the backward pass must find the codes as they were."""
