@@ -92,13 +92,14 @@ def main():
     source.initialise_names(vqvae)
 
     function_loss = source.function_loss and (lambda *step: FUNCTION_WEIGHT * source.function_loss(*step))
-    loss = VQVAELoss(vqvae, source.train, tokenizer, args.vqvae_steps, function_loss, 1.0, accelerator.gather)
+    loss = VQVAELoss(vqvae, source.train, tokenizer, args.vqvae_steps, function_loss, accelerator.gather)
     train(accelerator, vqvae, loss, loop(args.vqvae_steps), "vqvae")
     accelerator.print(f"codes in use: {[round(used) for used in loss.perplexity]} of {args.num_codes}")
+    of_zoo, _ = encode_zoo(vqvae, source.train, tokenizer)  # what follows leaves codes as they are
     dataset_encoder = None
     if source.features is not None:
-        shown = source.shown
-        of_rows = vqvae.embed_codes(encode_zoo(vqvae, shown, tokenizer)[0]).detach().mean(1)
+        shown, those = source.shown, source.train.task_of < len(source.features)
+        of_rows = vqvae.embed_codes(of_zoo[those]).detach().mean(1)
         latents = (of_rows - of_rows.mean(0)) / of_rows.std(0).clamp(min=1e-4)
         sizes = {"feature_size": source.features[0].shape[-1], "latent_size": latents.shape[1]}
         dataset_encoder = DatasetEncoder(DatasetEncoderConfig(**sizes, num_classes=source.features[0].shape[0]))
@@ -114,7 +115,7 @@ def main():
         source.add_datasets(dataset_encoder.eval(), args.seed)
     task_steps = source.task_steps if args.task_steps is None else args.task_steps * (source.task_loss is not None)
     if task_steps:
-        loss = DecoderLoss(vqvae, source.train, tokenizer, source.task_loss, source.task_reconstruction)
+        loss = DecoderLoss(vqvae, source.train, tokenizer, of_zoo, source.task_loss, source.task_reconstruction)
         vqvae.freeze_codes()
         train(accelerator, vqvae, loss, loop(task_steps, train_batch_size=args.task_batch_size), "vqvae-task")
         vqvae.freeze_codes(False)
@@ -123,7 +124,6 @@ def main():
     # Stage 2: the prior over codes
     targets = source.targets or [source.target]
     in_text = encoder.embed([in_words(target) for target in targets])[source.targets_of_tasks]
-    of_zoo, _ = encode_zoo(vqvae, source.train, tokenizer)
     datasets = shown_datasets(source.shown) if dataset_encoder is not None else None
     prior = IGPGPrior(IGPGConfig(**codes))
     train(
@@ -195,9 +195,9 @@ def load_sources(args, encoder, bf16: bool) -> Source:
     if "adapters" in kinds:
         sources["adapters"] = text_source(encoder, kinds["adapters"][0], args.data_root, bf16)
         size = sources["adapters"].tokenizer.token_size
-    for kind, seen in (("heads", None), ("images", load_image_encoder(args.image_encoder))):
-        if kind in kinds:
-            sources[kind] = network_source(encoder, seen, kinds[kind], args.data_root, size, args.cache)
+    for kind in {"heads", "images"} & kinds.keys():
+        seen = load_image_encoder(args.image_encoder) if kind == "images" else None
+        sources[kind] = network_source(encoder, seen, kinds[kind], args.data_root, size, args.cache)
     order = [kind for kind in ("images", "heads", "adapters") if kind in kinds]  # see `joined`
     return joined([sources[kind] for kind in order], [order.index(kind) for kind in kinds])
 

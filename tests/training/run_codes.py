@@ -46,10 +46,10 @@ def main(folder: Path) -> None:
     def function_loss(tokens, truth, index, random):
         return (tokens * zoo.padding_mask[index] - truth).square().mean()
 
-    decoder_loss = DecoderLoss(vqvae, zoo, tokenizer, function_loss, 0.1)
+    of_zoo, _ = encode_zoo(vqvae, zoo, tokenizer)
+    decoder_loss = DecoderLoss(vqvae, zoo, tokenizer, of_zoo, function_loss, 0.1)
     vqvae.freeze_codes()
     train(accelerator, vqvae, decoder_loss, config, "decoder")
-    of_zoo, _ = encode_zoo(vqvae, zoo, tokenizer)
     train(accelerator, prior, lambda m, r: prior_loss(m, of_zoo, zoo, tokenizer, r, 4), config, "prior")
     learned = {f"{n}.{k}": v for n, m in (("vqvae", vqvae), ("prior", prior)) for k, v in m.named_parameters()}
     kept = {name: value.detach().clone() for name, value in learned.items()} | {"usage": loss.usage}

@@ -170,8 +170,8 @@ def test_the_decoder_learns_what_networks_do_and_codes_stay(zoo, vqvae):
         asked.append(tokens.detach())
         return (tokens * rows.padding_mask[index] - truth).square().mean()
 
-    loss = DecoderLoss(model, rows, tokenizer, function_loss, [0.5, 0.1, 0.1])
     codes = encode_zoo(model, rows, tokenizer)[0]
+    loss = DecoderLoss(model, rows, tokenizer, codes, function_loss, [0.5, 0.1, 0.1])
     model.freeze_codes()
     losses = fit(model, lambda step: loss(model, draws(step)))
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
@@ -183,8 +183,8 @@ def test_the_decoder_learns_what_networks_do_and_codes_stay(zoo, vqvae):
 
 def test_codes_are_mixed_with_those_of_the_same_task(zoo, vqvae):
     rows, tokenizer = zoo
-    loss = DecoderLoss(vqvae, rows, tokenizer, lambda *step: 0.0)
-    loss.codes = torch.arange(len(rows))[:, None, None].expand_as(loss.codes)  # whose codes they are
+    codes = torch.arange(len(rows))[:, None, None].expand(-1, 7, 2)  # whose codes they are
+    loss = DecoderLoss(vqvae, rows, tokenizer, codes, lambda *step: 0.0)
     index, seen = torch.arange(12), []
     for step in range(40):
         mixed = loss._mixed(index, draws(step))

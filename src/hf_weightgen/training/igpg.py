@@ -79,7 +79,7 @@ class VQVAELoss:
 
     Args:
         steps: Over which the temperature falls.
-        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; the weight may be one for each task.
+        function_loss: See [`~training.objectives.vae_loss`].
         gather: Puts what all processes have together, such as `accelerator.gather`: dead codes then are the same in all.
     """
 
@@ -90,11 +90,10 @@ class VQVAELoss:
         tokenizer: WeightTokenizer,
         steps: int,
         function_loss: Callable | None = None,
-        reconstruction_weight: float | Sequence[float] = 1.0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ):
         self.vqvae, self.zoo, self.tokenizer, self.steps = vqvae, zoo, tokenizer, steps
-        self.function_loss, self.reconstruction_weight, self.gather = function_loss, reconstruction_weight, gather
+        self.function_loss, self.gather = function_loss, gather
         self.usage = torch.ones(vqvae.config.codes_per_token, vqvae.config.num_codes)
         self.asked: Tensor | None = None  # what the encoder asked for in the step before
 
@@ -113,7 +112,7 @@ class VQVAELoss:
     def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
         zoo, tokenizer, config = self.zoo, self.tokenizer, self.vqvae.config
         self._revive(random)
-        rows, temperature = zoo.draw_rows(random), self._temperature(random.step)
+        rows, temperature = zoo.draw_rows(random), COLDEST ** (random.step / max(1, self.steps - 1))
         names = zoo.names(zoo.task_of[rows], random)
         wide = torch.zeros(len(rows), *zoo.weight_tokens.shape[1:])
         loss, counts, asked = torch.zeros(()), torch.zeros_like(self.usage), []
@@ -125,8 +124,6 @@ class VQVAELoss:
             uniform, spread = pad_sequence(draws, batch_first=True), _spread(zoo, tokenizer, rows[own], layout, pieces)
             output = model(**data, temperature=temperature, uniform=uniform, zoo_stds=spread)
             loss = loss + len(own) / len(rows) * output.loss
-            weights = weights_of(self.reconstruction_weight, zoo.task_of[rows[own]]) - 1
-            loss = loss + (weights * output.reconstruction_errors).sum() / len(rows)
             if self.function_loss is not None:
                 tokens = pieces.join(output.weight_tokens)
                 wide = wide.index_put((own[:, None], _side_by_side(tokenizer, layout, tokens)), tokens)
@@ -136,9 +133,6 @@ class VQVAELoss:
         if self.function_loss is not None:
             loss = loss + self.function_loss(wide, zoo.weight_tokens[rows], rows, random)
         return loss
-
-    def _temperature(self, step: int) -> float:
-        return COLDEST ** (step / max(1, self.steps - 1))
 
     def _revive(self, random: StepRandom) -> None:
         """Before a step and not within it: the backward pass must find the codes as they were."""
@@ -158,7 +152,8 @@ class DecoderLoss:
     do would soon have them say nothing. Some rows have codes of another row of their task among their own, as a prior's have.
 
     Args:
-        function_loss, reconstruction_weight: As of [`VQVAELoss`].
+        codes (`torch.LongTensor` of shape `(R, L, R)`): See [`encode_zoo`].
+        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`].
     """
 
     def __init__(
@@ -166,12 +161,12 @@ class DecoderLoss:
         vqvae: WeightVQVAE,
         zoo: ZooTensors,
         tokenizer: WeightTokenizer,
+        codes: Tensor,
         function_loss: Callable,
         reconstruction_weight: float | Sequence[float] = 1.0,
     ):
-        self.zoo, self.tokenizer, self.size = zoo, tokenizer, vqvae.config.token_size
+        self.zoo, self.tokenizer, self.codes, self.size = zoo, tokenizer, codes, vqvae.config.token_size
         self.function_loss, self.reconstruction_weight = function_loss, reconstruction_weight
-        self.codes, _ = encode_zoo(vqvae, zoo, tokenizer)
 
     def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
         zoo, tokenizer = self.zoo, self.tokenizer
