@@ -86,7 +86,7 @@ def main():
     codes = {"num_codes": args.num_codes, "codes_per_token": args.codes_per_token}
     parts = class_parts(tokenizer.token_size)
     size = tokenizer.token_size // parts
-    noisy = {"learns_noise": source.vae_settings.get("learns_noise", False)}
+    noisy = {"learns_noise": source.task_loss is not None}  # which tells where weights matter least
     noisy |= {"num_places": num_places(tokenizer, size)}
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=size, class_parts=parts, **codes, **noisy))
     source.initialise_names(vqvae)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_weightgen.models.modeling_weight_vae import SHARE_WEIGHT
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
 from tiny import random
 
@@ -227,6 +228,15 @@ def test_noise_learns_its_share_of_the_spread_of_the_zoo():
         optimizer.step()
     stds = model(**data).token_stds[data["padding_mask"]]
     assert 0.05 < stds.mean() < 0.15  # as the zoo's, where nothing speaks against it
+
+
+def test_a_task_of_one_row_says_nothing_of_noise():
+    model, data = with_places(learns_noise=True), batch()
+    losses = [model(**data, zoo_stds=spread * data["padding_mask"]).loss for spread in (0.0, 0.1)]
+    alone = model(**data).loss
+    lacking = SHARE_WEIGHT * model.config.noise_share**2
+    torch.testing.assert_close(losses[0], alone + lacking)
+    assert not torch.isclose(losses[1], alone, atol=1e-2)
 
 
 def test_given_codes_are_decoded_and_what_makes_codes_may_be_frozen():

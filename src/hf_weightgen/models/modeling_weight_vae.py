@@ -340,8 +340,10 @@ def noise_losses(stds: Tensor, zoo_stds: Tensor, mask: Tensor, share: float) -> 
         stds, zoo_stds (`torch.FloatTensor` of shape `(B, L, S)`); mask, of the same shape, is 0 on padding.
 
     Returns:
-        KL divergences of noise from the zoo's spread, `(B, L, S)`, and the mean square of what the noise lacks of its share.
+        KL divergences of noise from the zoo's spread, `(B, L, S)`, 0 for a task of one row, which has no spread, and the mean square of
+        what the noise lacks of its share.
     """
+    mask = mask * (zoo_stds > 0).flatten(1).any(1)[:, None, None]
     ratio, whole = stds / zoo_stds.clamp(min=SMALLEST_STD), (zoo_stds * mask).flatten(1).norm(dim=1)
     there = (torch.minimum(stds, zoo_stds) * mask).flatten(1).norm(dim=1) / whole.clamp(min=SMALLEST_STD)
     return (0.5 * (ratio.square() - 1) - ratio.log()) * mask, (share - there).clamp(min=0).square().mean()
