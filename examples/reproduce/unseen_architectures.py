@@ -2,13 +2,13 @@
 
     python examples/reproduce/unseen_architectures.py --generator runs/igpg/pipeline --zoo runs/images --out unseen.json
 
-Beside networks that are new, members of the zoo whose layers are copied to the new sizes as Net2Net does, which keeps what they
-compute where units or layers are more; and members put into a corner of a new network. The row `member` tells what members of the
-known size have. All rows of a task are trained on the same batches.
+`generated` is what a call with the new architecture gives: weights of the nearest known one in the new sizes, see
+`hf_weightgen.weights.resize`. Beside them what the generator writes for the new tensors themselves, members of the zoo whose layers
+are copied to the new sizes in the same way, members put into a corner of a new network, and new networks. The row `member` tells
+what members of the known size have. All rows of a task are trained on the same batches.
 IGPG (section 4.4) tells of unseen architectures after fine-tuning; no figures of the paper are on these sets.
 """
 
-import math
 import sys
 
 import torch
@@ -17,8 +17,9 @@ from finetune import accuracy, finetune
 from tiny_zoo import init_of, load, make_parser
 
 from hf_weightgen.evaluation.table import write_results
-from hf_weightgen.targets.architectures import HEAD, TargetConfig, cnn, mlp, shape_after
+from hf_weightgen.targets.architectures import HEAD, TargetConfig, cnn, mlp
 from hf_weightgen.targets.stacked import stack, unstack
+from hf_weightgen.weights.resize import resized
 from hf_weightgen.zoo.build_networks import BIAS
 from hf_weightgen.zoo.networks import initial
 from hf_weightgen.zoo.schema import zoo_state_dicts
@@ -60,13 +61,18 @@ def main():
             config = TargetConfig(layers=layers, **settings)
             generator = torch.Generator().manual_seed(args.seed)
             prompts = [spec.prompts[i % len(spec.prompts)] for i in range(args.n)]
-            made = pipe(prompts, labels=list(spec.labels), architecture=config, generator=generator).weights
+            asked = {"labels": list(spec.labels), "architecture": config}
+            made = pipe(prompts, **asked, generator=generator).weights
+            itself, generator = pipe.with_architecture(config, "new", resize=False), generator.manual_seed(args.seed)
+            written = itself(prompts, **asked | {"architecture": "new"}, generator=generator).weights
             fresh = initial(config, list(range(args.n)), init_of(zoo, spec.name), BIAS)
             fresh = [unstack(fresh, k) for k in range(args.n)]
+            shapes = {name: tuple(tensor.shape) for name, tensor in fresh[0].items()}
             starts = {
                 "generated": made,
+                "written_itself": written,
                 "random": fresh,
-                "layers_copied": [copied(member, known, config) for member in members],
+                "layers_copied": [resized(member, shapes) for member in members],
                 "member_in_corner": [in_corner(member, new) for member, new in zip(members, fresh, strict=True)],
             }
             curves = finetune(config, starts, data[spec.name], args, EPOCHS)
@@ -76,47 +82,6 @@ def main():
             rows += curve_rows(spec.name, curves, architecture=family, variant=name)
             print(curve_table(told, curves, EPOCHS), flush=True)
             write_results(args.out, "IGPG, unseen architectures", f"python {' '.join(sys.argv)}", args.seed, rows)
-
-
-def copied(member: dict, known: TargetConfig, config: TargetConfig) -> dict:
-    """
-    A member in the sizes of another network, as Net2Net (https://huggingface.co/papers/1511.05641) has it: units stand twice, and
-    what reads them reads half of each; a further layer hands on what it gets. Where units are fewer, the first ones stay.
-    """
-    units, result = torch.arange(known.input_shape[0]), {}  # which old unit each input of the next layer is
-    have = {
-        kind: iter([name for name, own, *_ in _layers(known) if own == kind]) for kind in ("conv", "linear", "head")
-    }
-    for name, kind, count, pixels in _layers(config):
-        source = next(have[kind], None)
-        if source is None:  # behind the last layer of the kind that the member has
-            result[f"{name}.weight"], result[f"{name}.bias"] = torch.eye(count), torch.zeros(count)
-            continue
-        weight, bias = member[f"{source}.weight"], member[f"{source}.bias"]
-        copies = units.bincount(minlength=int(units.max()) + 1)[units].float()
-        inputs, share = units, 1 / copies
-        if pixels > 1:
-            inputs = (units[:, None] * pixels + torch.arange(pixels)).flatten()
-            share = share.repeat_interleave(pixels)
-        rows = torch.arange(count) % len(weight)
-        shape = (1, -1, *[1] * (weight.dim() - 2))
-        result[f"{name}.weight"] = weight[rows][:, inputs] * share.view(shape)
-        result[f"{name}.bias"] = bias[rows]
-        units = rows
-    return result
-
-
-def _layers(config: TargetConfig) -> list[tuple[str, str, int, int]]:
-    """Of each layer with weights its name, its kind, its units, and the pixels of each channel that a linear layer reads."""
-    found, shape = [], list(config.input_shape)
-    for layer in config.network:
-        if layer["kind"] == "conv":
-            found.append((layer["name"], "conv", layer["channels"], 1))
-        elif layer["kind"] == "linear":
-            kind = "head" if layer["name"] == "head" else "linear"
-            found.append((layer["name"], kind, layer["features"], math.prod(shape[1:])))
-        shape = shape_after(layer, shape)
-    return found
 
 
 def in_corner(member: dict, new: dict) -> dict:

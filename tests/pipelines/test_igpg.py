@@ -1,5 +1,6 @@
 """IGPG's pipeline: adapters and networks of several architectures from one generator, the same from disk, faults by name."""
 
+import json
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.weights.pieces import Pieces
+from hf_weightgen.weights.resize import resized
 from tiny import SIZES, adapter, igpg_pipeline, random
 
 
@@ -326,6 +328,50 @@ def test_unseen_architectures_by_their_config(pipe, tmp_path):
     again._encoder = pipe.encoder
     outputs = [p("which digit is it", architecture="wide", generator=random(1)) for p in (wider, again)]
     torch.testing.assert_close(outputs[0].weights[0], outputs[1].weights[0])
+
+
+@pytest.mark.parametrize("hidden, like", [((8,), "small"), ((3,), "small"), ((4, 4), "small"), ((6, 7), "large")])
+def test_sizes_that_no_network_has_are_given_to_a_known_one(pipe, hidden, like, tmp_path):
+    config = TargetConfig(input_shape=[7], layers=mlp(*hidden), num_classes=3)
+    made = pipe("which digit is it", architecture=config, num_samples=2, generator=random(0))
+    known = pipe("which digit is it", architecture=like, num_samples=2, generator=random(0))
+    assert torch.equal(made.latents, known.latents)
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.to_model(0).state_dict().items()}
+    for own, other in zip(made.weights, known.weights, strict=True):
+        expected = resized(other, shapes)
+        assert own.keys() == expected.keys() == shapes.keys()
+        torch.testing.assert_close(own, expected)
+    if like == "small" and hidden == (8,):
+        inputs = torch.randn(4, 7, generator=random(1))
+        torch.testing.assert_close(made.to_model(1)(inputs).logits, known.to_model(1)(inputs).logits)
+    pipe("which digit is it", architecture=config, generator=random(0), output_type="codes", save_directory=tmp_path)
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), made.weights[0], rtol=1e-4, atol=1e-5)
+    direct = pipe.with_architecture(config, "new", resize=False)
+    own = direct("which digit is it", architecture="new", num_samples=2, generator=random(0))
+    assert {name: tuple(t.shape) for name, t in own.weights[0].items()} == shapes
+    assert own.latents.shape != known.latents.shape or not torch.equal(
+        own.weights[0]["head.weight"], made.weights[0]["head.weight"]
+    )
+
+
+def test_resized_architectures_are_saved_and_what_they_are_like_is_checked(pipe, tmp_path):
+    wider = pipe.with_architecture(TargetConfig(input_shape=[7], layers=mlp(9), num_classes=3), "wide")
+    assert wider.targets[-1]["like"] == 1
+    wider.save_pretrained(tmp_path)
+    again = IGPGPipeline.from_pretrained(tmp_path)
+    again._encoder = pipe.encoder
+    outputs = [p("which digit is it", architecture="wide", generator=random(1)) for p in (wider, again)]
+    torch.testing.assert_close(outputs[0].weights[0], outputs[1].weights[0])
+    assert "like" not in outputs[0].targets[0]
+    assert [row["architecture"] for row in again.rank("which digit is it") if row["task"] == "digits"].count(
+        "wide"
+    ) == 1
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for like in (0, 2, 3, 7, -1, True, "small", 1.0):
+        index["targets"][3]["like"] = like
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises((ValueError, UntrustedFileError), match="in the sizes of which no network like"):
+            IGPGPipeline.from_pretrained(tmp_path)
 
 
 def test_known_architectures_by_their_config_are_the_known_ones(pipe):

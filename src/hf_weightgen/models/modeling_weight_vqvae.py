@@ -73,7 +73,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     place_size: int = 32
     learns_noise: bool = False
     noise_weight: float = 5e-3
-    noise_share: float = 0.55
+    noise_share: float = 0.6
 
     def __post_init__(self, **kwargs):
         if self.hidden_size % self.num_attention_heads:

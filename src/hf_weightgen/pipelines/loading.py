@@ -26,7 +26,7 @@ from .. import components
 from ..hub.untrusted import UntrustedFileError, check_folder, is_repo_id, read_header, read_object
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import architecture_codes
+from ..targets.mixed import architecture_codes, nearest_resizable
 from ..weights.tokenization import WeightTokenizer
 
 
@@ -268,6 +268,14 @@ def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> Non
             raise ValueError(
                 f"`targets` names the layout {target['layout']}, the tokenizer has {len(tokenizer.layouts)}."
             )
+        like = target.get("like")
+        if like is not None and (
+            type(like) is not int
+            or not 0 <= like < len(targets)
+            or "like" in targets[like]
+            or nearest_resizable(targets, [like], target) is None
+        ):
+            raise ValueError(f"`targets` has a network in the sizes of which no network like {like!r} can be made.")
         layout = tokenizer.layouts[target["layout"]]
         tensors = {spec.name: spec.shape for spec in layout.tensors}
         ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,10 @@ from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import in_words, same_network, target_numbers, target_of
+from ..targets.mixed import in_words, nearest_resizable, same_network, target_numbers, target_of
 from ..weights.descriptors import SIZE
 from ..weights.pieces import Pieces
+from ..weights.resize import resized
 from ..weights.tokenization import WeightTokenizer
 from ..weights.unseen import with_layout
 from .codes import Codes
@@ -37,6 +38,7 @@ from .shards import SHARD_SIZE, sample_folders, write_shards
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
 GIVEN = "given"  # name of an architecture that a caller brings
+OURS = {"layout", "like"}  # what a target says to this pipeline alone
 CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
 
@@ -175,6 +177,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
         folders = [] if save_directory is None else sample_folders(Path(save_directory), len(seeds))
         targets, class_embeds, alike = [self.targets[number] for number in asked.numbers], [], defaultdict(list)
+        known = [self._known(target) for target in targets]
         for i, target in enumerate(targets):
             of_classes = asked.class_embeds
             if of_classes is None:
@@ -185,8 +188,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                     f"{asked.labels[i][:8]}."
                 )
             class_embeds.append(of_classes)
-            alike[target["layout"], of_classes.shape[1]].append(i)  # are written together
-        conditions = self._conditions(asked, targets)
+            alike[known[i]["layout"], of_classes.shape[1]].append(i)  # are written together
+        conditions = self._conditions(asked, known)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
             of_classes = torch.cat([class_embeds[i] for i in places]).repeat_interleave(num_samples, 0).cpu()
@@ -198,10 +201,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             for i, part in zip(places, written.split(num_samples), strict=True):
                 codes[i], own = part, generators[i * num_samples : (i + 1) * num_samples]
                 if output_type == "weights":
-                    weights[i] = self.decode_codes(part, layout, class_embeds[i], own if temperature else None)
+                    made = self.decode_codes(part, layout, class_embeds[i], own if temperature else None)
+                    weights[i] = [dict(self._in_size(one.items(), targets[i], class_embeds[i])) for one in made]
                 for one, noise, folder in zip(part, own, folders[i * num_samples :], strict=False):
-                    given = layout, class_embeds[i], noise if temperature else None
-                    write_shards(self.stream_codes(one, *given), folder, shard_size)
+                    made = self.stream_codes(one, layout, class_embeds[i], noise if temperature else None)
+                    write_shards(self._in_size(made, targets[i], class_embeds[i]), folder, shard_size)
         self.maybe_free_model_hooks()
         longest = max(own.shape[1] for own in codes)
         output = WeightGenOutput(
@@ -210,7 +214,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             tasks=[near[0][0]["name"] for near in asked.nearest for _ in range(num_samples)],
             prompts=[text for text in asked.prompts for _ in range(num_samples)],
             seeds=seeds,
-            targets=[{k: v for k, v in t.items() if k != "layout"} for t in targets for _ in range(num_samples)],
+            targets=[{k: v for k, v in t.items() if k not in OURS} for t in targets for _ in range(num_samples)],
             latents=torch.cat([F.pad(own, (0, 0, 0, longest - own.shape[1]), value=PADDING) for own in codes]),
             generator_id=self.source,
             generator_revision=self.revision,
@@ -218,7 +222,9 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         )
         return output if return_dict else output.to_tuple()
 
-    def with_architecture(self, architecture: TargetConfig | nn.Module, name: str = GIVEN) -> "IGPGPipeline":
+    def with_architecture(
+        self, architecture: TargetConfig | nn.Module, name: str = GIVEN, resize: bool = True
+    ) -> "IGPGPipeline":
         """
         This generator, with one architecture more, of which it has seen no network: tasks whose networks read the same kind of
         inputs have it too.
@@ -227,6 +233,9 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             architecture: A config, or any module. Of a module the parameters are written, and its buffers left; if its last two
                 parameters are weight and bias of a linear layer, that is the head, whose rows are classes.
             name: By which `architecture` of a call asks for it.
+            resize: Where a config differs from a known one in the widths of its layers alone, or in linear layers that follow its
+                own, codes are those of the known one, whose weights then get the new sizes, see [`~weights.resize.resized`], in
+                memory as a whole. Without it, and for all other networks, codes of the new one itself are written.
 
         Returns:
             [`IGPGPipeline`], which shares all networks with this one.
@@ -250,8 +259,10 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 scales = {key: known[0][key] for key in ("image_mean", "image_std") if known[0].get(key)}
                 for k in own:  # with two of them, each needs a name
                     targets[k] = {"name": "default", **targets[k]}
+                like = nearest_resizable(targets, own, target) if resize and not same else None
                 task = {**task, "targets": [*own, len(targets)]}
-                targets.append(target | ({"config": scales | target["config"]} if "config" in target else {}))
+                more = {"config": scales | target["config"]} if "config" in target else {}
+                targets.append(target | more | ({} if like is None else {"like": like}))
             tasks.append(task)
         if len(targets) == len(self.targets):
             raise ValueError(
@@ -301,12 +312,12 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         size = self.vqvae.config.embedding_size
         request, tasks = read_request(self, size, prompt, None, 1, None, None, dataset, None), self.config.tasks
         of_tasks = torch.stack([unpack_embeddings(task["prompt_embeddings"], size)[0] for task in tasks])  # (tasks, E)
-        conditions, ranked = self._conditions(request, self.targets), []
+        known_targets = [self._known(target) for target in self.targets]
+        conditions, ranked = self._conditions(request, known_targets), []
         for row, task in enumerate(tasks):
             class_embeds = self.encoder.embed(list(task["labels"]))[None]
             for number in target_numbers(task):
-                target = self.targets[number]
-                asked = conditions[number, None]
+                target, asked = known_targets[number], conditions[number, None]
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
                 told = self._to_prior(torch.cat([asked, known]))
@@ -317,8 +328,22 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 losses, of = self.prior.code_losses(codes, told, *described)
                 likely = -torch.zeros(len(told), dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
                 score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
-                ranked.append({"task": task["name"], "architecture": target.get("name"), "score": score.item()})
+                name = self.targets[number].get("name")
+                ranked.append({"task": task["name"], "architecture": name, "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
+
+    def _known(self, target: dict) -> dict:
+        """The target whose codes are written for one."""
+        return self.targets[target["like"]] if "like" in target else target
+
+    def _in_size(
+        self, weights: Iterable[tuple[str, Tensor]], target: dict, class_embeds: Tensor
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors as decoded, in the sizes of a target."""
+        if "like" not in target:
+            return weights
+        layout = self.weight_tokenizer.layouts[target["layout"]]
+        return resized(dict(weights), {t.name: t.shape_for(class_embeds.shape[1]) for t in layout.tensors}).items()
 
     def _read(self, pieces: Pieces, class_embeds: Tensor, part: slice) -> list[Tensor]:
         """What the prior reads of some pieces."""

@@ -9,6 +9,7 @@ Notation: N samples, E size of an embedding.
 
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..weights.layout import Layout
-from .architectures import TargetConfig, TargetModel
+from ..weights.resize import resizable
+from .architectures import ACTIVATION, TargetConfig, TargetModel
 from .symmetry import BUFFERS
 
 
+WIDTHS = {"name", "channels", "features"}  # of a layer
 SETTINGS = ("input_shape", "layers", "activation", "image_mean", "image_std")  # of a network as a target
 
 
@@ -130,6 +133,44 @@ def same_network(target: Mapping, other: Mapping) -> bool:
     told = ([one["config"].get(key) for key in SETTINGS[:2]] for one in (target, other))
     first, second = (json.dumps(settings, sort_keys=True) for settings in told)  # where lists and tuples are alike
     return first == second
+
+
+def nearest_resizable(targets: Sequence[Mapping], numbers: Sequence[int], wanted: Mapping) -> int | None:
+    """
+    Which of some targets differs from another one in the widths of its layers alone, and in linear layers that follow its own, and
+    least in its sizes.
+
+    Args:
+        numbers: Of `targets`.
+
+    Returns:
+        Its number; `None` where all of them are other networks.
+    """
+    found = {}
+    for number in numbers:
+        if "config" in targets[number] and "config" in wanted and _same_but_widths(targets[number], wanted):
+            have, want = (_shapes(target) for target in (targets[number], wanted))
+            if resizable(have, want):
+                sizes = [math.log(sum(math.prod(shape) for shape in shapes.values())) for shapes in (have, want)]
+                found[number] = abs(sizes[0] - sizes[1])
+    return min(found, key=found.get, default=None)
+
+
+def _same_but_widths(known: Mapping, wanted: Mapping) -> bool:
+    first, second = (
+        [{k: v for k, v in layer.items() if k not in WIDTHS} for layer in target["config"]["layers"]]
+        for target in (known, wanted)
+    )
+    more = second[len(first) :]
+    follow = [{"kind": "linear"}, ACTIVATION] * (len(more) // 2)
+    told = ([t["config"].get("activation", "tanh"), list(t["config"]["input_shape"])] for t in (known, wanted))
+    return second[: len(first)] == first and more == follow and operator.eq(*told)
+
+
+def _shapes(target: Mapping) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = TargetModel(TargetConfig(**target["config"]))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Callable[[list[int]], bool]]:

@@ -73,6 +73,7 @@ class ZooTensors:
         start: Row of the shared start of all members, which is what no prompt asks for; the last row and task.
         dataset_of: `(tasks,)`, each task's dataset, where tasks that differ in their architecture alone share one.
         architecture_codes: `(tasks, E)`, see [`~targets.mixed.architecture_codes`]; absent if prompts tell tasks apart.
+        odds: `(tasks,)`, how often rows of each task are drawn, all shares together 1. Default: see `draw_rows`.
     """
 
     weight_tokens: Tensor
@@ -87,6 +88,14 @@ class ZooTensors:
     start: int | None = None
     dataset_of: Tensor | None = None
     architecture_codes: Tensor | None = None
+    odds: Tensor | None = None
+
+    def __post_init__(self):
+        if self.odds is None:
+            odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()
+            if self.start is not None:
+                odds[-1] = odds.min()
+            self.odds = odds / odds.sum()
 
     @classmethod
     def of(
@@ -147,6 +156,7 @@ class ZooTensors:
             start=self.start if count == len(self.tasks) else None,
             dataset_of=None if self.dataset_of is None else self.dataset_of[:count],
             architecture_codes=None if self.architecture_codes is None else self.architecture_codes[:count],
+            odds=self.odds[:count] / self.odds[:count].sum(),
         )
 
     @property
@@ -168,20 +178,14 @@ class ZooTensors:
         """`(tasks, T + C, S)`: the spread of the rows of each task."""
         return torch.stack([self.weight_tokens[rows].std(0, correction=0) for rows in self._rows_of])
 
-    @cached_property
-    def _bounds(self) -> Tensor:
-        """Upper bounds of each task's share of [0, 1)."""
-        odds = self.class_mask.sum(1).clamp(min=FEW_CLASSES).double().sqrt()
-        if self.start is not None:
-            odds[-1] = odds.min()
-        return (odds / odds.sum()).cumsum(0)
-
     def draw_rows(self, random: StepRandom) -> Tensor:
         """
         Row numbers `(b,)` of a batch: a task at random, then a row of it, so that tasks with many rows do not crowd out
         others. Tasks with very many classes come more often: they have more to learn.
         """
-        task = torch.searchsorted(self._bounds, random.uniform(purpose=11).double()).clamp(max=len(self.tasks) - 1)
+        task = torch.searchsorted(self.odds.cumsum(0), random.uniform(purpose=11).double()).clamp(
+            max=len(self.tasks) - 1
+        )
         draws = zip((self._rows_of[t] for t in task.tolist()), random.uniform(purpose=12).tolist(), strict=True)
         return torch.stack([rows[int(u * len(rows))] for rows, u in draws])
 

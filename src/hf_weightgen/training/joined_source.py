@@ -21,8 +21,8 @@ from .sources import Source, in_architecture
 
 def joined(sources: Sequence[Source], first: Sequence[int] | None = None) -> Source:
     """
-    Sources with tokens of one size as one. Where one of them asks decoded networks, the others' rows pass by; weight-space error
-    counts in each layout as its source has it.
+    Sources with tokens of one size as one, rows of which are drawn equally often. Where one of them asks decoded networks, the
+    others' rows pass by; weight-space error counts in each layout as its source has it.
 
     Args:
         sources: Those with examples of datasets first; the last one alone may have a shared start.
@@ -164,6 +164,7 @@ def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
         torch.cat([part.layout + zoo.layout_of for zoo, part in pairs]),
         None if last.start is None else part.rows.start + last.start,
         torch.cat([part.task + _datasets(zoo) for zoo, part in pairs]),
+        odds=torch.cat([zoo.odds for zoo in zoos]) / len(zoos),
     )
 
 
