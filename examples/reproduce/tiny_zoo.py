@@ -10,7 +10,7 @@ generator, zoo, `--n` and `--seed` are in `--out` already are left as they are; 
 import argparse
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from hf_weightgen.targets.mixed import target_number
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.build_networks import SHORT, NetworkZooConfig
 from hf_weightgen.zoo.folder import load_zoo
-from hf_weightgen.zoo.images import load_images
+from hf_weightgen.zoo.images import Images, load_images
 from hf_weightgen.zoo.networks import keep_memory
 from hf_weightgen.zoo.schema import zoo_state_dicts
 
@@ -208,16 +208,21 @@ def outputs(
         shown = next((other for other in others if channels[other.name] == channels[spec.name]), None)
     if shown is None:
         return []
-    images, made = data[shown.name].train, []
-    rows = [(images.labels == c).nonzero().flatten() for c in range(len(names))]
+    made = []
     for _ in range(count):
         order = range(len(names))
         if method == "generated_shuffled":
             order = torch.randperm(len(names), generator=generator).tolist()
-        picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
-        dataset = {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
+        dataset = few(data[shown.name].train, names, order, generator)
         made.append(pipe(dataset=dataset, generator=generator, architecture=architecture))
     return made
+
+
+def few(images: Images, names: Sequence[str], order: Iterable[int], generator: torch.Generator) -> dict[str, list]:
+    """Some images of each class, under the names of classes in another order."""
+    rows = [(images.labels == c).nonzero().flatten() for c in range(len(names))]
+    picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
+    return {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ def test_known_pairs_are_ranked_by_what_the_generator_would_write(pipe):
     assert ranked[0]["task"] == ranked[1]["task"] == "digits" and ranked[1]["score"] > 0 > ranked[2]["score"]
     assert ranked[0]["score"] <= math.log(2) + 1e-6  # of two tasks
     assert pipe.rank("sentiment on SST-2")[0]["task"] == "sst2"
+    assert pipe.rank("which digit is it") == ranked  # whatever was asked before
     with pytest.raises(TypeError, match="`prompt` must be one text, got list"):
         pipe.rank(["which digit is it", "sentiment on SST-2"])
 

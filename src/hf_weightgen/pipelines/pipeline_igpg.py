@@ -74,6 +74,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         image_encoder: dict | None = None,
     ):
         super().__init__()
+        self._of_tasks: dict[tuple, dict] = {}  # see `_likeliest`
         self.register_modules(
             vqvae=vqvae,
             prior=prior,
@@ -310,27 +311,46 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         if not isinstance(prompt, (str, type(None))):
             raise TypeError(f"`prompt` must be one text, got {type(prompt).__name__}.")
         size = self.vqvae.config.embedding_size
-        request, tasks = read_request(self, size, prompt, None, 1, None, None, dataset, None), self.config.tasks
-        of_tasks = torch.stack([unpack_embeddings(task["prompt_embeddings"], size)[0] for task in tasks])  # (tasks, E)
-        known_targets = [self._known(target) for target in self.targets]
-        conditions, ranked = self._conditions(request, known_targets), []
-        for row, task in enumerate(tasks):
-            class_embeds = self.encoder.embed(list(task["labels"]))[None]
+        request, ranked = read_request(self, size, prompt, None, 1, None, None, dataset, None), []
+        conditions = self._conditions(request, [self._known(target) for target in self.targets])
+        for row, task in enumerate(self.config.tasks):
+            class_embeds, of_targets = self.encoder.embed(list(task["labels"]))[None], self._likeliest(row)
             for number in target_numbers(task):
-                target, asked = known_targets[number], conditions[number, None]
-                known = torch.zeros(len(tasks), *asked.shape[1:])
-                known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
-                told = self._to_prior(torch.cat([asked, known]))
-                _, *described = self._described(target["layout"], class_embeds)
-                described = [self._to_prior(part) for part in described]
-                codes = self.prior.write(told[1 + row, None], *described)
-                codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
-                losses, of = self.prior.code_losses(codes, told, *described)
-                likely = -torch.zeros(len(told), dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
-                score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
-                name = self.targets[number].get("name")
-                ranked.append({"task": task["name"], "architecture": name, "score": score.item()})
+                codes, under_known = of_targets[number]
+                asked = self._to_prior(conditions[number, None])
+                likely = self._likelihoods(codes, asked, self._known(self.targets[number]), class_embeds)
+                name, score = self.targets[number].get("name"), (likely[0] - under_known).item()
+                ranked.append({"task": task["name"], "architecture": name, "score": score})
         return sorted(ranked, key=lambda pair: -pair["score"])
+
+    def _likeliest(self, row: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """
+        Of each target of a known task the likeliest codes for the task's own prompt, and the logarithm of how likely they are under a
+        known task at random. No request changes them, and they are found once.
+        """
+        key, size, task = (row, self.prior.dtype), self.vqvae.config.embedding_size, self.config.tasks[row]
+        if key not in self._of_tasks:
+            of_tasks = torch.stack([unpack_embeddings(t["prompt_embeddings"], size)[0] for t in self.config.tasks])
+            class_embeds, found = self.encoder.embed(list(task["labels"]))[None], {}
+            for number in target_numbers(task):
+                target = self._known(self.targets[number])
+                known = torch.zeros(len(of_tasks), len(CONDITIONS), size)
+                known[:, 0], known[:, 2] = of_tasks, self.encoder.embed([in_words(target)])
+                known = self._to_prior(known)
+                _, *described = self._described(target["layout"], class_embeds)
+                codes = self.prior.write(known[row, None], *map(self._to_prior, described))
+                likely = self._likelihoods(codes, known, target, class_embeds)
+                found[number] = codes, likely.logsumexp(0) - math.log(len(likely))
+            self._of_tasks[key] = found
+        return self._of_tasks[key]
+
+    def _likelihoods(self, codes: Tensor, conditions: Tensor, target: dict, class_embeds: Tensor) -> Tensor:
+        """Logarithms of how likely codes `(1, L, R)` are under conditions `(n, ...)`: `(n,)`."""
+        _, *described = self._described(target["layout"], class_embeds)
+        told = [part.expand(len(conditions), *part.shape[1:]) for part in (codes, *map(self._to_prior, described))]
+        losses, of = self.prior.code_losses(told[0], conditions, *told[1:])
+        zeros = torch.zeros(len(conditions), dtype=torch.float64)
+        return -zeros.index_add_(0, of.cpu(), losses.double().cpu())
 
     def _known(self, target: dict) -> dict:
         """The target whose codes are written for one."""
