@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_weightgen.targets.mixed import architecture_codes, target_number, target_numbers, with_architecture
+from hf_weightgen.targets.architectures import ACTIVATION, cnn, mlp
+from hf_weightgen.targets.mixed import (
+    architecture_codes,
+    nearest_resizable,
+    target_number,
+    target_numbers,
+    with_architecture,
+)
 
 
 TARGETS = [{"name": "lenet"}, {"name": "cnn2"}, {"name": "lenet"}, {"name": "cnn3"}]
@@ -36,3 +43,29 @@ def test_prompt_and_architecture_count_alike():
     torch.testing.assert_close((both * embeds).sum(-1), (both * codes).sum(-1))
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(3))
     assert torch.equal(with_architecture(torch.zeros(3, 8), codes), codes)
+
+
+def target(layers, activation="tanh", shape=(1, 8, 8)) -> dict:
+    return {"kind": "network", "config": {"input_shape": list(shape), "layers": layers, "activation": activation}}
+
+
+def test_networks_are_resized_from_the_nearest_one_that_differs_in_sizes_alone():
+    small, large = (cnn((size, 2), (3, 2), (True, False), (size,)) for size in (2, 9))
+    block = {"kind": "residual", "channels": 2, "layers": [{"kind": "conv", "name": "in", "channels": 2, "kernel": 1}]}
+    known = [{"kind": "adapter"}, target(small), target(large), target([*small[:1], block, *small[1:]])]
+    every = range(len(known))
+    assert nearest_resizable(known, every, target(cnn((3, 2), (3, 2), (True, False), (3,)))) == 1
+    assert nearest_resizable(known, every, target(cnn((8, 2), (3, 2), (True, False), (9, 9)))) == 2
+    assert nearest_resizable(known, [1], target(cnn((8, 2), (3, 2), (True, False), (9, 9)))) == 1
+    for other in (
+        target(small, "relu"),
+        target(small, shape=(1, 9, 9)),
+        target(cnn((3, 2), (3, 2), (False, True), (3,))),
+        target(cnn((3, 2), (3, 3), (True, False), (3,))),
+        target([*small, ACTIVATION]),
+        target(small[:-2]),
+        target(mlp(3)),
+        target([*cnn((3, 2), (3, 2), (True, False), (3,))[:1], block, *small[1:]]),
+        {"kind": "module", "words": "linear 3"},
+    ):
+        assert nearest_resizable(known, every, other) is None

@@ -9,7 +9,6 @@ Notation: N samples, E size of an embedding.
 
 import json
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -157,14 +156,17 @@ def nearest_resizable(targets: Sequence[Mapping], numbers: Sequence[int], wanted
 
 
 def _same_but_widths(known: Mapping, wanted: Mapping) -> bool:
+    """Also in what tensors do not tell: activations, pooling and paddings, and that layers follow one another."""
+    if any(layer["kind"] == "residual" for layer in known["config"]["layers"]):
+        return False
     first, second = (
         [{k: v for k, v in layer.items() if k not in WIDTHS} for layer in target["config"]["layers"]]
         for target in (known, wanted)
     )
     more = second[len(first) :]
     follow = [{"kind": "linear"}, ACTIVATION] * (len(more) // 2)
-    told = ([t["config"].get("activation", "tanh"), list(t["config"]["input_shape"])] for t in (known, wanted))
-    return second[: len(first)] == first and more == follow and operator.eq(*told)
+    have, want = ((t["config"].get("activation", "tanh"), list(t["config"]["input_shape"])) for t in (known, wanted))
+    return have == want and second[: len(first)] == first and more == follow
 
 
 def _shapes(target: Mapping) -> dict[str, tuple[int, ...]]:
