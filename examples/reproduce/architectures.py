@@ -14,20 +14,28 @@ architecture cannot be decoded as these: of IGPG's generators the row is `genera
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tiny_zoo import load, make_parser, samples, table_of
 
 from hf_weightgen.evaluation.table import format_table, write_results
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results, told_place
 from hf_weightgen.targets.mixed import target_number, target_numbers
+from hf_weightgen.targets.tasks import get_task
 
 
 METHODS = (
     "random_init", "majority", "zoo", "zoo_held_out", "zoo_average", "gaussian", "kde", "noise_at_distance", "reconstruction",
     "generated", "generated_from_prompts", "generated_mismatched",
 )  # fmt: skip
+TABLE = "D2NWG, Table 9; IGPG, several architectures"
+LEGEND = (
+    "Test accuracy in points; `generated` networks are shown five other images of each class, and the difference to the zoo is theirs. "
+    "L2: median distance to the nearest member, and of members to the nearest one of another run; spread: median distance of two "
+    "samples, of two members; both with hidden units matched. Noise, as far: members with noise, as far from the zoo as samples."
+)
 MISMATCHED, CONTROL = "generated_mismatched", "wrong_architecture"
 COLUMNS = {
     "zoo": "zoo", "zoo_held_out": "held out", "generated": "generated", "generated_from_prompts": "from prompts",
@@ -38,12 +46,25 @@ PAPER = {"ResNet-44, CIFAR-10": (94.01, 94.10), "ResNet-44, CIFAR-100": (71.63, 
 
 
 def main():
-    args, rows = make_parser(__doc__, n=20, zoos="+").parse_args(), []
+    parser = make_parser(__doc__, n=20, zoos="+")
+    parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
+    args, rows = parser.parse_args(), []
+    zoos, chosen = " ".join(map(told_place, args.zoo)), f" --tasks {' '.join(args.tasks)}" if args.tasks else ""
+    command = (
+        f"python examples/reproduce/architectures.py --generator {told_place(args.generator)} --zoo {zoos}{chosen}"
+    )
+    command += f" --n {args.n} --seed {args.seed} --out results.json"
     for table in itertools.chain.from_iterable(tables(args, zoo) for zoo in args.zoo):
         rows += table
         print(f"{table[0]['architecture']}, {format_table(table)}\n", flush=True)
-        write_results(args.out, "D2NWG, Table 9", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, TABLE, command, args.seed, rows)
     print(summary(rows))
+    if args.card:
+        pairs = [row | {"task": f"{row['task']} ({row['architecture']})"} for row in rows]
+        datasets = {pair["task"]: get_task(row["task"]).dataset_id for pair, row in zip(pairs, rows, strict=True)}
+        write_results(args.card / EVALUATION, TABLE, command, args.seed, pairs)
+        add_results(args.card, pairs, datasets, "image-classification")
+        add_figures(args.card, "Figures", command, f"{summary(rows)}\n\n{LEGEND}")
 
 
 def tables(args, zoo: str) -> Iterator[list[dict]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
@@ -316,8 +317,11 @@ def test_it_is_trained_and_measured_from_the_command_line(zoos, tmp_path, monkey
         "grey (small)",
         "grey (wide)",
     ]
-    generator = "--generator", tmp_path / "codes" / "pipeline"
-    run("reproduce/architectures.py", *generator, "--n", 2, "--out", out)
+    generator, card = ("--generator", tmp_path / "codes" / "pipeline"), tmp_path / "codes" / "pipeline" / "README.md"
+    run("reproduce/architectures.py", *generator, "--n", 2, "--out", out, "--card", card.parent)
+    results = ModelCard.load(card)
+    assert {one.dataset_name for one in results.data.eval_results} == {"grey (small)", "grey (wide)"}
+    assert "| grey | wide |" in results.text and str(tmp_path) not in card.read_text()
     rows = [row for row in json.loads(out.read_text())["rows"] if row["architecture"] == "wide"]
     of_wide = {row["method"]: row for row in rows}
     assert of_wide["reconstruction"]["codes"] > 20 and 0 < of_wide["reconstruction"]["bits_per_weight"] < 10
