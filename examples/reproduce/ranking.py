@@ -4,7 +4,7 @@
 
 Of all tasks that the generator knows by prompts that no training saw; of those of the zoo by images of its datasets too. A row tells
 in which share of the requests the first of the ranked pairs is the task that was asked for, and in which share it is among the first
-three of different tasks; `chance` is that of a guess. The paper has no such table.
+three of different tasks, beside those of a guess. The paper has no such table.
 """
 
 import sys
@@ -30,7 +30,8 @@ def main():
             places = [place(pipe.rank(**request), spec.name) for request in requests]
             if places:
                 shares = {f"first_{k}": sum(p < k for p in places) / len(places) for k in (1, 3)}
-                rows.append({"task": spec.name, "method": method, "n": len(places), "chance": 1 / len(known)} | shares)
+                shares |= {f"chance_{k}": min(1.0, k / len(known)) for k in (1, 3)}
+                rows.append({"task": spec.name, "method": method, "n": len(places)} | shares)
                 print(rows[-1], flush=True)
     write_results(args.out, "IGPG, ranking", f"python {' '.join(sys.argv)}", args.seed, rows)
 

@@ -206,6 +206,12 @@ def test_known_pairs_are_ranked_by_what_the_generator_would_write(pipe):
     assert ranked[0]["score"] <= math.log(2) + 1e-6  # of two tasks
     assert pipe.rank("sentiment on SST-2")[0]["task"] == "sst2"
     assert pipe.rank("which digit is it") == ranked  # whatever was asked before
+    with torch.no_grad():
+        pipe.prior.lm_head.weight.mul_(-1)
+    other = pipe.rank("which digit is it")
+    assert other != ranked
+    pipe._ranked = ()
+    assert pipe.rank("which digit is it") == other  # nothing of the former weights was left
     with pytest.raises(TypeError, match="`prompt` must be one text, got list"):
         pipe.rank(["which digit is it", "sentiment on SST-2"])
 
@@ -355,6 +361,28 @@ def test_sizes_that_no_network_has_are_given_to_a_known_one(pipe, hidden, like, 
     )
 
 
+def test_only_known_networks_are_resized_and_by_value_as_by_name(pipe, tmp_path):
+    sizes = {
+        name: TargetConfig(input_shape=[7], layers=mlp(size), num_classes=3)
+        for name, size in (("wide", 9), ("wider", 10))
+    }
+    wide = pipe.with_architecture(sizes["wide"], "wide")
+    itself = pipe.with_architecture(sizes["wide"], "itself", resize=False)
+    for more in (wide, itself):
+        assert more.with_architecture(sizes["wider"], "wider").targets[-1]["like"] == 1
+    wide.with_architecture(sizes["wider"], "wider").save_pretrained(tmp_path)
+    IGPGPipeline.from_pretrained(tmp_path)
+    outputs = [
+        p("which digit is it", architecture=asked, generator=random(2))
+        for p in (pipe, wide, itself)
+        for asked in ([sizes["wide"], "wide"] if p is wide else [sizes["wide"]])
+    ]
+    for output in outputs:
+        assert weights_are_equal(output.weights[0], outputs[0].weights[0])
+        assert output.targets[0]["resized_from"] == "small"
+    assert "resized_from" not in itself("which digit is it", architecture="itself", generator=random(2)).targets[0]
+
+
 def test_resized_architectures_are_saved_and_what_they_are_like_is_checked(pipe, tmp_path):
     wider = pipe.with_architecture(TargetConfig(input_shape=[7], layers=mlp(9), num_classes=3), "wide")
     assert wider.targets[-1]["like"] == 1
@@ -363,12 +391,12 @@ def test_resized_architectures_are_saved_and_what_they_are_like_is_checked(pipe,
     again._encoder = pipe.encoder
     outputs = [p("which digit is it", architecture="wide", generator=random(1)) for p in (wider, again)]
     torch.testing.assert_close(outputs[0].weights[0], outputs[1].weights[0])
-    assert "like" not in outputs[0].targets[0]
+    assert "like" not in outputs[0].targets[0] and outputs[0].targets[0]["resized_from"] == "small"
     assert [row["architecture"] for row in again.rank("which digit is it") if row["task"] == "digits"].count(
         "wide"
     ) == 1
     index = json.loads((tmp_path / "model_index.json").read_text())
-    for like in (0, 2, 3, 7, -1, True, "small", 1.0):
+    for like in (0, 2, 3, 7, -1, True, "small", 1.0, {}):
         index["targets"][3]["like"] = like
         (tmp_path / "model_index.json").write_text(json.dumps(index))
         with pytest.raises((ValueError, UntrustedFileError), match="in the sizes of which no network like"):

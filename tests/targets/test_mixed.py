@@ -8,6 +8,7 @@ from hf_weightgen.targets.architectures import ACTIVATION, cnn, mlp
 from hf_weightgen.targets.mixed import (
     architecture_codes,
     nearest_resizable,
+    shapes_in_order,
     target_number,
     target_numbers,
     with_architecture,
@@ -66,6 +67,20 @@ def test_networks_are_resized_from_the_nearest_one_that_differs_in_sizes_alone()
         target(small[:-2]),
         target(mlp(3)),
         target([*cnn((3, 2), (3, 2), (True, False), (3,))[:1], block, *small[1:]]),
+        target([*small[:-1], {"kind": "linear", "name": "more", "features": 2}, ACTIVATION]),
         {"kind": "module", "words": "linear 3"},
     ):
         assert nearest_resizable(known, every, other) is None
+    told = [{"stride": 1, "bias": True, **layer} if layer["kind"] == "conv" else layer for layer in small]
+    assert nearest_resizable([target(told)], [0], target(small)) == 0  # defaults that one of them tells
+
+
+def test_shapes_are_told_layer_by_layer_whatever_the_order_of_the_state_dict():
+    layers = [
+        {"kind": "linear", "name": name, "features": size} for name, size in (("net.a", 3), ("mid", 4), ("net.b", 5))
+    ]
+    assert shapes_in_order(target(layers, shape=(2,)), 6) == {
+        "net.a.weight": (3, 2), "net.a.bias": (3,), "mid.weight": (4, 3), "mid.bias": (4,), "net.b.weight": (5, 4), "net.b.bias": (5,),
+        "head.weight": (6, 5), "head.bias": (6,),
+    }  # fmt: skip
+    assert list(shapes_in_order(target(layers, shape=(2,)), 6))[2] == "mid.weight"

@@ -335,4 +335,4 @@ def test_it_is_trained_and_measured_from_the_command_line(zoos, tmp_path, monkey
     assert [row["context"] for row in told["windows"]] == [1.0, 0.5, 0.25, 0.125]
     run("reproduce/ranking.py", *generator, "--n", 2, "--out", out)
     (by_images,) = (row for row in json.loads(out.read_text())["rows"] if row["method"] == "five_images_a_class")
-    assert by_images["n"] == 2 and by_images["first_1"] == 1 == by_images["chance"]  # of one task
+    assert by_images["n"] == 2 and by_images["first_1"] == 1 == by_images["chance_1"]  # of one task

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, cnn, mlp
-from hf_weightgen.weights.resize import resizable, resized
+from hf_weightgen.weights.resize import _clusters, resizable, resized
 from tiny import random
 
 
@@ -29,7 +29,9 @@ def shapes(model: TargetModel) -> dict[str, tuple[int, ...]]:
 
 
 def in_sizes_of(model: TargetModel, other: TargetModel) -> TargetModel:
-    other.load_state_dict(resized(model.state_dict(), shapes(other)))
+    made = resized(model.state_dict(), shapes(other))
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in made.values())
+    other.load_state_dict(made)
     return other
 
 
@@ -94,7 +96,29 @@ def test_other_networks_cannot_be_had(other):
         resized(model.state_dict(), shapes(other))
 
 
-def test_layers_behind_pixels_cannot_be_added():
+def test_layers_behind_pixels_or_inputs_cannot_be_added():
     pixels, deeper = network((3, 4), ()), network((3, 4), (4,))
     assert not resizable(shapes(pixels), shapes(deeper))
     assert resizable(shapes(pixels), shapes(network((5, 2), ())))
+    linear = network((), (), shape=(6,))
+    assert resizable(shapes(linear), shapes(linear))
+    assert not resizable(shapes(linear), shapes(network((), (6,), shape=(6,))))
+
+
+def test_joining_is_that_of_ward_at_each_step():
+    generator = random(3)
+    weights, mass = torch.randn(9, 4, generator=generator).double(), torch.rand(9, generator=generator).double() + 0.1
+    clusters = [[k] for k in range(9)]
+    for count in range(8, 1, -1):
+
+        def error(own: list[int]) -> float:
+            mean = (weights[own] * mass[own, None]).sum(0) / mass[own].sum()
+            return ((weights[own] - mean).square().sum(1) * mass[own]).sum().item()
+
+        pairs = [(a, b) for i, a in enumerate(clusters) for b in clusters[:i]]
+        first, second = min(pairs, key=lambda pair: error(pair[0] + pair[1]) - error(pair[0]) - error(pair[1]))
+        clusters = [own for own in clusters if own not in (first, second)] + [first + second]
+        found = _clusters(weights, mass, count)
+        assert {frozenset((found == k).nonzero().flatten().tolist()) for k in range(count)} == {
+            frozenset(own) for own in clusters
+        }

@@ -26,7 +26,7 @@ from .. import components
 from ..hub.untrusted import UntrustedFileError, check_folder, is_repo_id, read_header, read_object
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import architecture_codes, nearest_resizable
+from ..targets.mixed import architecture_codes, nearest_resizable, shapes_in_order
 from ..weights.tokenization import WeightTokenizer
 
 
@@ -261,20 +261,19 @@ def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> Non
     Checks that the layouts of a generator's targets are those of its tokenizer.
 
     Raises:
-        ValueError: If a target has no layout there, or another one.
+        ValueError: If a target has no layout there, or another one, or cannot be made of the one that it is said to be like.
     """
+
+    def fits(number: int, target: Mapping) -> bool:
+        return nearest_resizable(targets, resizable_targets(targets, [number], tokenizer), target) is not None
+
     for target in targets:
         if target["layout"] >= len(tokenizer.layouts):
             raise ValueError(
                 f"`targets` names the layout {target['layout']}, the tokenizer has {len(tokenizer.layouts)}."
             )
         like = target.get("like")
-        if like is not None and (
-            type(like) is not int
-            or not 0 <= like < len(targets)
-            or "like" in targets[like]
-            or nearest_resizable(targets, [like], target) is None
-        ):
+        if like is not None and (type(like) is not int or not 0 <= like < len(targets) or not fits(like, target)):
             raise ValueError(f"`targets` has a network in the sizes of which no network like {like!r} can be made.")
         layout = tokenizer.layouts[target["layout"]]
         tensors = {spec.name: spec.shape for spec in layout.tensors}
@@ -289,6 +288,17 @@ def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> Non
             body = {name: shape for name, shape in tensors.items() if name not in layout.head}
             if any(name not in wanted or tuple(wanted[name].shape) != tuple(shape) for name, shape in body.items()):
                 raise ValueError("`target` describes another network than the tokenizer's tensors.")
+
+
+def resizable_targets(targets: Sequence[Mapping], numbers: Iterable[int], tokenizer: WeightTokenizer) -> list[int]:
+    """Those targets of which a generator has learned whole networks, and nothing but networks."""
+    found = []
+    for number in numbers:
+        target = targets[number]
+        if target["kind"] == "network" and "like" not in target:
+            names = {spec.name for spec in tokenizer.layouts[target["layout"]].tensors}
+            found += [number] if names == shapes_in_order(target, 2).keys() else []
+    return found
 
 
 def _check_target(target: object) -> None:

@@ -22,14 +22,14 @@ from ..models.modeling_igpg import CONDITIONS, IGPGPrior
 from ..models.modeling_weight_vqvae import WeightVQVAE
 from ..targets.architectures import TargetConfig
 from ..targets.base_models import unpack_embeddings
-from ..targets.mixed import in_words, nearest_resizable, same_network, target_numbers, target_of
+from ..targets.mixed import in_words, nearest_resizable, same_network, shapes_in_order, target_numbers, target_of
 from ..weights.descriptors import SIZE
 from ..weights.pieces import Pieces
 from ..weights.resize import resized
 from ..weights.tokenization import WeightTokenizer
 from ..weights.unseen import with_layout
 from .codes import Codes
-from .loading import check_settings, check_targets
+from .loading import check_settings, check_targets, resizable_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
 from .request import Request, read_request, sample_generators
@@ -38,7 +38,6 @@ from .shards import SHARD_SIZE, sample_folders, write_shards
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
 GIVEN = "given"  # name of an architecture that a caller brings
-OURS = {"layout", "like"}  # what a target says to this pipeline alone
 CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
 
@@ -74,7 +73,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         image_encoder: dict | None = None,
     ):
         super().__init__()
-        self._of_tasks: dict[tuple, dict] = {}  # see `_likeliest`
+        self._ranked: tuple = ()  # see `_likeliest`
         self.register_modules(
             vqvae=vqvae,
             prior=prior,
@@ -144,7 +143,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             output_type: `"weights"`, or `"codes"` to stop before decoding.
             return_dict: `False` returns a tuple.
             save_directory: With `output_type="codes"`: weights are decoded to files in it, tensor by tensor, so that of the weights
-                one shard is in memory; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
+                one shard is in memory, unless they are resized; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
             shard_size: Bytes of a file.
 
         Returns:
@@ -178,7 +177,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         seeds, generators = sample_generators(generator, len(asked.prompts), num_samples)
         folders = [] if save_directory is None else sample_folders(Path(save_directory), len(seeds))
         targets, class_embeds, alike = [self.targets[number] for number in asked.numbers], [], defaultdict(list)
-        known = [self._known(target) for target in targets]
+        written = [self._written(target) for target in targets]
         for i, target in enumerate(targets):
             of_classes = asked.class_embeds
             if of_classes is None:
@@ -189,8 +188,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                     f"{asked.labels[i][:8]}."
                 )
             class_embeds.append(of_classes)
-            alike[known[i]["layout"], of_classes.shape[1]].append(i)  # are written together
-        conditions = self._conditions(asked, known)
+            alike[written[i]["layout"], of_classes.shape[1]].append(i)  # are written together
+        conditions = self._conditions(asked, written)
         codes, weights = [None] * len(targets), [[] for _ in targets]
         for (layout, _), places in alike.items():
             of_classes = torch.cat([class_embeds[i] for i in places]).repeat_interleave(num_samples, 0).cpu()
@@ -198,8 +197,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             arguments = self._to_prior(told), functools.partial(self._read, pieces, of_classes), len(pieces)
             drawn = [g for i in places for g in generators[i * num_samples : (i + 1) * num_samples]]
             sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generators": drawn}
-            written = self.prior.write_described(*arguments, **sampling if temperature else {}).cpu()
-            for i, part in zip(places, written.split(num_samples), strict=True):
+            together = self.prior.write_described(*arguments, **sampling if temperature else {}).cpu()
+            for i, part in zip(places, together.split(num_samples), strict=True):
                 codes[i], own = part, generators[i * num_samples : (i + 1) * num_samples]
                 if output_type == "weights":
                     made = self.decode_codes(part, layout, class_embeds[i], own if temperature else None)
@@ -215,7 +214,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             tasks=[near[0][0]["name"] for near in asked.nearest for _ in range(num_samples)],
             prompts=[text for text in asked.prompts for _ in range(num_samples)],
             seeds=seeds,
-            targets=[{k: v for k, v in t.items() if k not in OURS} for t in targets for _ in range(num_samples)],
+            targets=[self._told(target) for target in targets for _ in range(num_samples)],
             latents=torch.cat([F.pad(own, (0, 0, 0, longest - own.shape[1]), value=PADDING) for own in codes]),
             generator_id=self.source,
             generator_revision=self.revision,
@@ -247,7 +246,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
         if name in {known.get("name") for known in self.targets}:
             raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
-        same = [known for known in self.targets if same_network(known, target)]
+        same = [known for known in self.targets if "like" not in known and same_network(known, target)]
         weight_tokenizer, number = self.weight_tokenizer, same[0]["layout"] if same else None
         if number is None:
             weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
@@ -260,10 +259,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 scales = {key: known[0][key] for key in ("image_mean", "image_std") if known[0].get(key)}
                 for k in own:  # with two of them, each needs a name
                     targets[k] = {"name": "default", **targets[k]}
-                like = nearest_resizable(targets, own, target) if resize and not same else None
+                learned = resizable_targets(targets, own, self.weight_tokenizer) if resize and not same else []
+                more = {"like": nearest_resizable(targets, learned, target)}
+                more |= {"config": scales | target["config"]} if "config" in target else {}
                 task = {**task, "targets": [*own, len(targets)]}
-                more = {"config": scales | target["config"]} if "config" in target else {}
-                targets.append(target | more | ({} if like is None else {"like": like}))
+                targets.append(target | more)
             tasks.append(task)
         if len(targets) == len(self.targets):
             raise ValueError(
@@ -312,37 +312,48 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             raise TypeError(f"`prompt` must be one text, got {type(prompt).__name__}.")
         size = self.vqvae.config.embedding_size
         request, ranked = read_request(self, size, prompt, None, 1, None, None, dataset, None), []
-        conditions = self._conditions(request, [self._known(target) for target in self.targets])
+        conditions = self._conditions(request, [self._written(target) for target in self.targets])
+        known = [unpack_embeddings(task["prompt_embeddings"], size)[0] for task in self.config.tasks]
         for row, task in enumerate(self.config.tasks):
-            class_embeds, of_targets = self.encoder.embed(list(task["labels"]))[None], self._likeliest(row)
+            class_embeds, of_targets = (
+                self.encoder.embed(list(task["labels"]))[None],
+                self._likeliest(row, torch.stack(known)),
+            )
             for number in target_numbers(task):
                 codes, under_known = of_targets[number]
                 asked = self._to_prior(conditions[number, None])
-                likely = self._likelihoods(codes, asked, self._known(self.targets[number]), class_embeds)
+                likely = self._likelihoods(codes, asked, self._written(self.targets[number]), class_embeds)
                 name, score = self.targets[number].get("name"), (likely[0] - under_known).item()
                 ranked.append({"task": task["name"], "architecture": name, "score": score})
         return sorted(ranked, key=lambda pair: -pair["score"])
 
-    def _likeliest(self, row: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def _likeliest(self, row: int, of_tasks: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """
         Of each target of a known task the likeliest codes for the task's own prompt, and the logarithm of how likely they are under a
-        known task at random. No request changes them, and they are found once.
+        known task at random. No request changes them: they are found once, as long as all that they follow from stays.
+
+        Args:
+            of_tasks (`torch.FloatTensor` of shape `(tasks, E)`): A prompt of each known task.
         """
-        key, size, task = (row, self.prior.dtype), self.vqvae.config.embedding_size, self.config.tasks[row]
-        if key not in self._of_tasks:
-            of_tasks = torch.stack([unpack_embeddings(t["prompt_embeddings"], size)[0] for t in self.config.tasks])
-            class_embeds, found = self.encoder.embed(list(task["labels"]))[None], {}
+        versions = sum(parameter._version for parameter in self.prior.parameters())
+        things = self.prior, self.encoder, self.weight_tokenizer, self.config.tasks, self.config.targets
+        state = self.prior.device, self.prior.dtype, versions
+        if self._ranked[:2] != (state, [*map(id, things)]):
+            self._ranked = state, [*map(id, things)], things, {}
+        found = self._ranked[-1]
+        if row not in found:
+            task = self.config.tasks[row]
+            class_embeds, found[row] = self.encoder.embed(list(task["labels"]))[None], {}
             for number in target_numbers(task):
-                target = self._known(self.targets[number])
-                known = torch.zeros(len(of_tasks), len(CONDITIONS), size)
+                target = self._written(self.targets[number])
+                known = torch.zeros(len(of_tasks), len(CONDITIONS), of_tasks.shape[1])
                 known[:, 0], known[:, 2] = of_tasks, self.encoder.embed([in_words(target)])
                 known = self._to_prior(known)
                 _, *described = self._described(target["layout"], class_embeds)
                 codes = self.prior.write(known[row, None], *map(self._to_prior, described))
                 likely = self._likelihoods(codes, known, target, class_embeds)
-                found[number] = codes, likely.logsumexp(0) - math.log(len(likely))
-            self._of_tasks[key] = found
-        return self._of_tasks[key]
+                found[row][number] = codes, likely.logsumexp(0) - math.log(len(likely))
+        return found[row]
 
     def _likelihoods(self, codes: Tensor, conditions: Tensor, target: dict, class_embeds: Tensor) -> Tensor:
         """Logarithms of how likely codes `(1, L, R)` are under conditions `(n, ...)`: `(n,)`."""
@@ -352,18 +363,26 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         zeros = torch.zeros(len(conditions), dtype=torch.float64)
         return -zeros.index_add_(0, of.cpu(), losses.double().cpu())
 
-    def _known(self, target: dict) -> dict:
+    def _written(self, target: dict) -> dict:
         """The target whose codes are written for one."""
-        return self.targets[target["like"]] if "like" in target else target
+        return target if target.get("like") is None else self.targets[target["like"]]
 
     def _in_size(
         self, weights: Iterable[tuple[str, Tensor]], target: dict, class_embeds: Tensor
     ) -> Iterable[tuple[str, Tensor]]:
         """Names and tensors as decoded, in the sizes of a target."""
-        if "like" not in target:
+        if target.get("like") is None:
             return weights
+        decoded, classes = dict(weights), class_embeds.shape[1]
+        have, want = (shapes_in_order(one, classes) for one in (self._written(target), target))
+        made = resized({name: decoded[name] for name in have}, want)
         layout = self.weight_tokenizer.layouts[target["layout"]]
-        return resized(dict(weights), {t.name: t.shape_for(class_embeds.shape[1]) for t in layout.tensors}).items()
+        return [(spec.name, made[spec.name].to(spec.torch_dtype)) for spec in layout.tensors]
+
+    def _told(self, target: dict) -> dict:
+        """A target as an output has it."""
+        told = {key: value for key, value in target.items() if key not in ("layout", "like")}
+        return told if target.get("like") is None else told | {"resized_from": self._written(target).get("name")}
 
     def _read(self, pieces: Pieces, class_embeds: Tensor, part: slice) -> list[Tensor]:
         """What the prior reads of some pieces."""

@@ -137,7 +137,7 @@ def same_network(target: Mapping, other: Mapping) -> bool:
 def nearest_resizable(targets: Sequence[Mapping], numbers: Sequence[int], wanted: Mapping) -> int | None:
     """
     Which of some targets differs from another one in the widths of its layers alone, and in linear layers that follow its own, and
-    least in its sizes.
+    least in its size.
 
     Args:
         numbers: Of `targets`.
@@ -147,32 +147,40 @@ def nearest_resizable(targets: Sequence[Mapping], numbers: Sequence[int], wanted
     """
     found = {}
     for number in numbers:
-        if "config" in targets[number] and "config" in wanted and _same_but_widths(targets[number], wanted):
-            have, want = (_shapes(target) for target in (targets[number], wanted))
-            if resizable(have, want):
-                sizes = [math.log(sum(math.prod(shape) for shape in shapes.values())) for shapes in (have, want)]
+        known = targets[number]
+        if known["kind"] == wanted["kind"] == "network" and _same_but_widths(known, wanted):
+            shapes = [shapes_in_order(target, 2) for target in (known, wanted)]
+            if resizable(*shapes):
+                sizes = [math.log(sum(map(math.prod, own.values()))) for own in shapes]
                 found[number] = abs(sizes[0] - sizes[1])
     return min(found, key=found.get, default=None)
 
 
+def shapes_in_order(target: Mapping, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a network, layer by layer, which is not always the order of its state dict."""
+    config = TargetConfig(**target["config"], num_classes=num_classes)
+    with torch.device("meta"):
+        tensors = TargetModel(config).state_dict()
+    names = [f"{layer['name']}.{part}" for layer in config.network if "name" in layer for part in ("weight", "bias")]
+    return {name: tuple(tensors[name].shape) for name in names if name in tensors}
+
+
 def _same_but_widths(known: Mapping, wanted: Mapping) -> bool:
     """Also in what tensors do not tell: activations, pooling and paddings, and that layers follow one another."""
-    if any(layer["kind"] == "residual" for layer in known["config"]["layers"]):
+    have, want = (TargetConfig(**target["config"]) for target in (known, wanted))
+    if any(layer["kind"] == "residual" for layer in have.layers):
         return False
-    first, second = (
-        [{k: v for k, v in layer.items() if k not in WIDTHS} for layer in target["config"]["layers"]]
-        for target in (known, wanted)
-    )
+    first, second = ([_without_widths(layer) for layer in config.layers] for config in (have, want))
     more = second[len(first) :]
     follow = [{"kind": "linear"}, ACTIVATION] * (len(more) // 2)
-    have, want = ((t["config"].get("activation", "tanh"), list(t["config"]["input_shape"])) for t in (known, wanted))
-    return have == want and second[: len(first)] == first and more == follow
+    if (have.activation, list(have.input_shape)) != (want.activation, list(want.input_shape)):
+        return False
+    return second[: len(first)] == first and more == follow and (not more or first[-1:] == [ACTIVATION])
 
 
-def _shapes(target: Mapping) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        network = TargetModel(TargetConfig(**target["config"]))
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+def _without_widths(layer: Mapping) -> dict:
+    defaults = {"stride": 1, "padding": 0, "bias": True} if layer["kind"] == "conv" else {}
+    return defaults | {name: value for name, value in layer.items() if name not in WIDTHS}
 
 
 def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Callable[[list[int]], bool]]:

@@ -21,8 +21,8 @@ from .sources import Source, in_architecture
 
 def joined(sources: Sequence[Source], first: Sequence[int] | None = None) -> Source:
     """
-    Sources with tokens of one size as one, rows of which are drawn equally often. Where one of them asks decoded networks, the
-    others' rows pass by; weight-space error counts in each layout as its source has it.
+    Sources with tokens of one size as one; each has an equal share of what is drawn, however many tasks it has. Where one of them
+    asks decoded networks, the others' rows pass by; weight-space error counts in each layout as its source has it.
 
     Args:
         sources: Those with examples of datasets first; the last one alone may have a shared start.

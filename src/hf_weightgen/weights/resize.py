@@ -26,8 +26,8 @@ def resizable(known: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[
     if have is None or want is None or len(have[0]) > len(want[0]) or have[1] != want[1]:
         return False
     (shapes, convs), (others, _) = have, want
-    if convs and (_pixels(shapes, convs) != _pixels(others, convs) or (len(others) > len(shapes) == convs + 1)):
-        return False  # what is added reads units, not pixels: it comes behind linear layers
+    if len(others) > len(shapes) == convs + 1 or (convs and _pixels(shapes, convs) != _pixels(others, convs)):
+        return False  # what is added reads units, neither pixels nor inputs: it comes behind linear layers
     same_ends = shapes[0][1] == others[0][1] and shapes[-1][0] == others[-1][0]
     return same_ends and all(a[2:] == b[2:] for a, b in zip(shapes[:convs], others[:convs], strict=True))
 
@@ -39,7 +39,7 @@ def resized(weights: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) 
         wanted: Names and shapes of the new one, in order.
 
     Returns:
-        `dict[str, torch.Tensor]` with these names and shapes. It computes the same where no layer has fewer units, and the
+        `dict[str, torch.Tensor]` with these names and shapes, on the CPU, in the dtype of the network. It computes the same where no layer has fewer units, and the
         activation of a further layer leaves what it reads as it is, as ReLU does behind ReLU.
 
     Raises:
@@ -48,7 +48,8 @@ def resized(weights: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) 
     known = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if not resizable(known, wanted):
         raise ValueError(f"A network with tensors of the shapes {known} cannot be given those of {dict(wanted)}.")
-    tensors, names, (shapes, _) = [tensor.double() for tensor in weights.values()], list(wanted), _layers(wanted)
+    tensors, names = [tensor.detach().double().cpu() for tensor in weights.values()], list(wanted)
+    shapes, _ = _layers(wanted)
     layers = list(zip(tensors[::2], tensors[1::2], strict=True))
     units, dtype = layers[-1][0].shape[1], next(iter(weights.values())).dtype
     more = torch.eye(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64)
@@ -61,7 +62,7 @@ def resized(weights: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) 
             of_unit = layers[i + 1][0].transpose(0, 1).reshape(len(bias), -1)
             is_of, reads = _mapped(torch.cat([old.flatten(1), bias[:, None]], 1), of_unit.norm(dim=1), shape[0])
             old, bias = torch.einsum("no,opi->npi", is_of, old), is_of @ bias
-        result[names[2 * i]] = old.mT.reshape(shape).to(dtype)
+        result[names[2 * i]] = old.mT.reshape(shape).to(dtype).contiguous()
         result[names[2 * i + 1]] = bias.to(dtype)
     return result
 
@@ -82,23 +83,29 @@ def _mapped(weights: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]
             is_of * (1 + numbers // old)[:, None]
         )  # of copies that were read alike both would learn the same for ever
         return is_of, (parts / parts.sum(0)).mT
-    member = _clusters(weights, sizes.square(), count)
-    shares = member * sizes.square().clamp(min=1e-12)[:, None]
+    mass = sizes.square().clamp(min=1e-12)  # units that are hardly read may be joined with any
+    member = F.one_hot(_clusters(weights, mass, count), count).double()
+    shares = member * mass[:, None]
     return (shares / shares.sum(0)).mT, member
 
 
 def _clusters(weights: Tensor, mass: Tensor, count: int) -> Tensor:
-    """Which of `count` clusters rows are in, `(O, n)`: again and again those two become one of which that costs the least, by Ward."""
-    member, means, mass = torch.eye(len(weights), dtype=weights.dtype), weights, mass.clamp(min=1e-12)
-    while len(mass) > count:
-        costs = torch.cdist(means, means).square() * mass * mass[:, None] / (mass + mass[:, None])
-        kept, joined = divmod(int(costs.fill_diagonal_(torch.inf).argmin()), len(mass))
-        pair, others = torch.tensor([kept, joined]), torch.tensor([k for k in range(len(mass)) if k != joined])
-        both = (means[pair] * mass[pair, None]).sum(0) / mass[pair].sum()
-        means, mass = means.index_copy(0, pair[:1], both[None]), mass.index_copy(0, pair[:1], mass[pair].sum()[None])
-        member = member.index_add(1, pair[:1], member[:, pair[1:]])
-        means, mass, member = means[others], mass[others], member[:, others]
-    return member
+    """
+    In which of `count` clusters each row of `weights` is, `(O,)`: again and again those two are joined of which that costs the least
+    (Ward; costs are updated by the formula of Lance and Williams, 1967).
+    """
+    costs = torch.cdist(weights, weights).square() * mass * mass[:, None] / (mass + mass[:, None])
+    costs.fill_diagonal_(torch.inf)
+    cluster, mass = torch.arange(len(weights)), mass.clone()
+    for _ in range(len(weights) - count):
+        kept, joined = divmod(int(costs.argmin()), len(costs))
+        both = (mass[kept] + mass) * costs[kept] + (mass[joined] + mass) * costs[joined] - mass * costs[kept, joined]
+        both /= mass[kept] + mass[joined] + mass
+        costs[kept] = costs[:, kept] = both
+        costs[joined] = costs[:, joined] = costs[kept, kept] = torch.inf
+        mass[kept] += mass[joined]
+        cluster[cluster == joined] = kept
+    return cluster.unique(return_inverse=True)[1]
 
 
 def _layers(shapes: Mapping[str, Sequence[int]]) -> tuple[list[tuple[int, ...]], int] | None:
