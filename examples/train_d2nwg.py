@@ -46,7 +46,20 @@ from hf_weightgen.training.sources import Source, digits_source, text_source
 from hf_weightgen.zoo.folder import load_zoo
 
 
-def parse_args():
+# what says where things are and not what they become
+ELSEWHERE = {
+    "data_root",
+    "image_encoder",
+    "cache",
+    "output_dir",
+    "checkpointing_steps",
+    "resume_from_checkpoint",
+    "report_to",
+    "expected_processes",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -111,14 +124,24 @@ def parse_args():
         action="store_true",
         help="Go on although reconstruction costs accuracy; the card says so.",
     )
-    args = parser.parse_args()
-    if args.predictor_weight and not args.predictor_steps:
-        parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 1200")
-    return args
+    return parser
+
+
+def as_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The options that somebody who wants the same result types; folders are told by their names."""
+    typed = []
+    for name, value in vars(args).items():
+        if name not in ELSEWHERE and value != parser.get_default(name):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            typed += [f"--{name}", *(told_place(str(one)) for one in values)]
+    return " ".join(typed)
 
 
 def main():
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.predictor_weight and not args.predictor_steps:
+        parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 1200")
     # zoos of this size stay on the CPU: a step is a few small matrix products, and a run takes minutes
     accelerator = Accelerator(cpu=True, log_with=args.report_to, project_dir=args.output_dir)
     accelerator.print(f"num_processes: {accelerator.num_processes}")
@@ -289,8 +312,7 @@ def main():
         generator="PATH_OR_ID",
         command="accelerate launch"
         + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
-        + " examples/train_d2nwg.py"
-        + (f" --zoo {' '.join(map(told_place, args.zoo))}" if args.zoo else ""),
+        + f" examples/train_d2nwg.py {as_typed(parser, args)}".rstrip(),
         notes=notes,
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={
