@@ -310,6 +310,7 @@ def main():
         base_model=source.target.get("base_model"),
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
+        method="D2NWG",
         command="accelerate launch"
         + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
         + f" examples/train_d2nwg.py {as_typed(parser, args)}".rstrip(),

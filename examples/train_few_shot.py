@@ -190,6 +190,7 @@ def main():
         "generator",
         examples="images" if args.images else "texts",
         generator="PATH_OR_ID",
+        method="D2NWG",
         command="accelerate launch examples/train_few_shot.py" + " --images" * args.images,
         datasets=sorted({spec.dataset_id for spec in specs}),
         facts={"seed": args.seed, "heads": f"{len(tensors)} to train on", "ridge": json.dumps(chosen)},

@@ -168,6 +168,7 @@ def main():
         base_model=next((target["base_model"] for target in targets if "base_model" in target), None),
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
+        method="IGPG",
         command=f"accelerate launch examples/train_igpg.py {as_typed(parser, args)}".rstrip(),
         notes=["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else [],
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),

@@ -38,6 +38,7 @@ def write_card(
     seed: int | None = None,
     task: str | None = None,
     generator: str | None = None,
+    method: str | None = None,
     datasets: Sequence[str] = (),
     command: str | None = None,
     notes: Sequence[str] = (),
@@ -50,6 +51,7 @@ def write_card(
         kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network), `"generator"` (a pipeline) or
             `"zoo"` (a dataset).
         generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
+        method: Of a generator, as its paper names it.
         prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`; and
             so it says of a network that it reads images.
         facts: further lines of the details; notes: paragraphs under "Limits".
@@ -79,6 +81,7 @@ def write_card(
         seed=seed,
         task=task,
         generator=generator,
+        method=method,
         command=command,
         notes=list(notes),
         facts=dict(facts or {}),

@@ -333,7 +333,8 @@ def _complete_and_upload(folder: Path, repo_id: str, remote_code: bool, settings
         index = read_index(folder)
         prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
         base = index["target"].get("base_model")
-        write_card(folder, "generator", base_model=base, prompt=prompt, generator=repo_id)
+        method = index["_class_name"].removesuffix("Pipeline")
+        write_card(folder, "generator", base_model=base, prompt=prompt, generator=repo_id, method=method)
     if remote_code:
         write_stubs(folder)
     readdress(folder, repo_id, revision=settings.get("revision"))
