@@ -19,9 +19,11 @@ from hf_weightgen.zoo.folder import describe
 
 
 NAMESPACE = "hf-weightgen"
-NETWORKS = (
-    Path(__file__).resolve().parents[1] / "model_cards" / "network-generator"
-)  # the generator of networks itself
+GENERATORS = (
+    "network-generator",
+    "code-generator",
+)  # of networks, by diffusion and by codes: they stand beside their cards
+PUBLISHED = Path(__file__).resolve().parents[1] / "model_cards"
 ZOO_NOTES = [
     "Adapters have r = 4 on query and value of the last two of six layers. 26 text classification tasks have six seeds\n"
     "each; the last seed is held out. The two later of three late checkpoints are kept, in float16; the row `base` is the\n"
@@ -35,9 +37,7 @@ ZOO_COMMAND = "python examples/build_zoo.py runs/text-zoo --bf16 --merge model_c
 
 def render(out: Path, zoo: Path) -> None:
     """Writes `out/NAME/README.md` for each."""
-    folders = {
-        name: out / name for name in ("text-generator", "text-adapter", "network", "network-generator", "text-zoo")
-    }
+    folders = {name: out / name for name in ("text-generator", "text-adapter", "network", *GENERATORS, "text-zoo")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     pipe = WeightGenPipeline.from_pretrained("bundled")
@@ -45,10 +45,10 @@ def render(out: Path, zoo: Path) -> None:
     shutil.copyfile(pipe.folder / "README.md", folders["text-generator"] / "README.md")
     readdress(folders["text-generator"], f"{NAMESPACE}/text-generator")
 
-    card = folders["network-generator"] / "README.md"
-    if card.parent.resolve() != NETWORKS:
-        shutil.copyfile(NETWORKS / "README.md", card)
-    readdress(card.parent, f"{NAMESPACE}/network-generator")
+    for name in GENERATORS:
+        if folders[name].resolve() != PUBLISHED / name:
+            shutil.copyfile(PUBLISHED / name / "README.md", folders[name] / "README.md")
+        readdress(folders[name], f"{NAMESPACE}/{name}")
 
     output = pipe("sentiment on SST-2", generator=torch.Generator().manual_seed(0))
     output.generator_id = f"{NAMESPACE}/text-generator"

@@ -12,7 +12,8 @@ from hf_weightgen import WeightGenPipeline
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
-NAMES = ["network", "network-generator", "text-adapter", "text-generator", "text-zoo"]
+ARCHITECTURES = "tiny-cnn", "mlp", "small-lenet"
+NAMES = ["code-generator", "network", "network-generator", "text-adapter", "text-generator", "text-zoo"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_card_has_what_the_hub_reads(name):
     card = (DatasetCard if name == "text-zoo" else ModelCard).load(CARDS / name / "README.md")
     assert card.data.license == "apache-2.0" and "hf_weightgen" in card.data.tags and "## Limits" in card.text
     assert f"hf-weightgen/{name}" in card.text
-    if not name.startswith("network"):
+    if name not in ("code-generator", "network", "network-generator"):
         assert "all-MiniLM-L6-v2" in card.data.to_yaml()
     if name == "text-generator":
         results = {result.dataset_name: result for result in card.data.eval_results}
@@ -58,6 +59,9 @@ def test_a_card_has_what_the_hub_reads(name):
             "svhn",
             "cifar10",
         }
+    if name == "code-generator":
+        pairs = [f"{task} ({net})" for task in ("mnist", "fashion_mnist", "svhn", "cifar10") for net in ARCHITECTURES]
+        assert {result.dataset_name for result in card.data.eval_results} == set(pairs)
     if name == "text-adapter":
         assert card.data.library_name == "peft" and card.data["base_model_relation"] == "adapter"
 
@@ -71,3 +75,14 @@ def test_the_published_generator_of_networks_makes_networks():
         output = pipe(task, num_samples=2, generator=torch.Generator().manual_seed(0))
         logits = [output.to_model(i)(torch.rand(3, channels, 28, 28)).logits for i in range(2)]
         assert logits[0].shape == (3, 10) and not torch.allclose(logits[0], logits[1])
+
+
+def test_the_published_generator_of_codes_makes_networks_of_all_its_architectures():
+    folder = CARDS / "code-generator"
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 10e6
+    pipe = WeightGenPipeline.from_pretrained(folder)
+    for name in ARCHITECTURES:
+        output = pipe("digits of MNIST", architecture=name, num_samples=2, generator=torch.Generator().manual_seed(0))
+        models = [output.to_model(i) for i in range(2)]
+        logits = [model(torch.rand(3, *model.config.input_shape)).logits for model in models]
+        assert logits[0].shape == (3, 10) and not torch.allclose(*logits) and output.targets[0]["name"] == name
