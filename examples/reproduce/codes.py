@@ -8,11 +8,11 @@ same networks; and accuracies where the context is a share of a network, of whic
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
+from command import typed
 from tiny_zoo import load, make_parser
 
 from hf_weightgen import WeightGenPipeline
@@ -33,7 +33,7 @@ def main():
     )
     args = parser.parse_args()
     pipe, specs, configs, data, _, architecture = load(args)
-    told = {"command": f"python {' '.join(sys.argv)}", "seed": args.seed, "threads": torch.get_num_threads()}
+    told = {"command": typed(), "seed": args.seed, "threads": torch.get_num_threads()}
     told["cache"] = cache(pipe, args.codes)
     print(json.dumps(told["cache"], indent=1), flush=True)
     asked = {"prompt": specs[0].prompts[0], "num_samples": args.n, "architecture": architecture}

@@ -14,11 +14,11 @@ takes seconds; `--generator` may be left out.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from command import typed
 from torch import Tensor
 
 from hf_weightgen import WeightGenPipeline
@@ -81,7 +81,7 @@ def main():
         if reference.is_file():
             pretrained = [read_network(reference, wanted)]
             rows.append(measure("pretrained", depth, wanted, pretrained, data, args))
-        write_results(args.out, "D2NWG, Figure 2", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, "D2NWG, Figure 2", typed(), args.seed, rows)
     print(PAPER)
 
 

@@ -9,12 +9,12 @@ generator nor the frozen encoder has seen the classes of (MiniLM, MobileNet). Th
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from command import typed
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.few_shot import DRAWS, few_shot_rows, tune, with_names
@@ -57,7 +57,7 @@ def main():
                 fitted[f"{method}_with_names"] = [fit(with_names(task, names)) for task in tasks]
             rows += few_shot_rows(name, tasks, fitted, generators, args.seed, args.draws)
             print(summary(rows, name, shots), f"{time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
-            write_results(args.out, "D2NWG, Table 1", f"python {' '.join(sys.argv)}", args.seed, rows)
+            write_results(args.out, "D2NWG, Table 1", typed(), args.seed, rows)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -6,9 +6,8 @@ All rows of a task are trained at once, on the same batches, with the zoo's opti
 curves. The paper fine-tunes on all images; `--images` takes fewer.
 """
 
-import sys
-
 import torch
+from command import typed
 from curves import curve_rows, curve_table, plot_curves
 from tiny_zoo import init_of, load, make_parser, samples
 
@@ -39,7 +38,7 @@ def main():
         curves = finetune(config, starts, data[spec.name], args)
         rows += curve_rows(spec.name, curves)
         print(curve_table(spec.name, curves, EPOCHS), flush=True)
-        write_results(args.out, "D2NWG, Table 4", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, "D2NWG, Table 4", typed(), args.seed, rows)
     plot_curves(rows, args.out.with_suffix(".png"))
 
 
@@ -57,9 +56,9 @@ def starting_points(made, members, config, init: str) -> dict[str, list[dict]]:
     }
 
 
-def finetune(config, starts, data, args, told=EPOCHS) -> dict[str, dict[int, torch.Tensor]]:
-    """Per row and epoch the test accuracies of its networks, in points."""
-    protocol = PROTOCOLS["short"][data.spec.name]
+def finetune(config, starts, data, args, told=EPOCHS, as_on: str | None = None) -> dict[str, dict[int, torch.Tensor]]:
+    """Per row and epoch the test accuracies of its networks, in points; by the protocol of the task, or as on another one."""
+    protocol = PROTOCOLS["short"][as_on or data.spec.name]
     sizes = [len(networks) for networks in starts.values()]
     params = stack([network for networks in starts.values() for network in networks])
     images = data.train.where(torch.arange(len(data.train)) < args.images)

@@ -13,12 +13,12 @@ figure, with distances to its nearest row.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from command import typed
 from datasets import Dataset
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def main():
     print(format_table(rows))
     for method, figures in PAPER.items():
         print("paper, Table 11, {}: mean {}, median {}, max {}".format(method, *figures))
-    write_results(args.out, "D2NWG, Table 11", f"python {' '.join(sys.argv)}", args.seed, rows)
+    write_results(args.out, "D2NWG, Table 11", typed(), args.seed, rows)
 
 
 def part_of(state_dict: StateDict) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ generator that does more than disturb its zoo lies above it. All weights have th
 and their heads centred over the classes, without which neither distances nor the map would compare functions.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from command import typed
 from plots import pyplot
 from scipy.stats import ks_2samp
 from sklearn.manifold import TSNE
@@ -69,7 +69,7 @@ def main():
         ]
         drawn.append((spec.name, points, {name: groups[name] for name in COLOURS if name in groups}, weights))
         print(summary(rows, spec.name), flush=True)
-        write_results(args.out, "D2NWG, Figure 10", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, "D2NWG, Figure 10", typed(), args.seed, rows)
     plot(plt, drawn, args.out.with_suffix(".png"), args.seed)
     plot_density(plt, drawn, args.out.with_name(f"{args.out.stem}_density.png"))
 

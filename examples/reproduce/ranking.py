@@ -7,9 +7,8 @@ in which share of the requests the first of the ranked pairs is the task that wa
 three of different tasks, beside those of a guess. The paper has no such table.
 """
 
-import sys
-
 import torch
+from command import typed
 from tiny_zoo import few, load, make_parser
 
 from hf_weightgen.evaluation.table import write_results
@@ -33,7 +32,7 @@ def main():
                 shares |= {f"chance_{k}": min(1.0, k / len(known)) for k in (1, 3)}
                 rows.append({"task": spec.name, "method": method, "n": len(places)} | shares)
                 print(rows[-1], flush=True)
-    write_results(args.out, "IGPG, ranking", f"python {' '.join(sys.argv)}", args.seed, rows)
+    write_results(args.out, "IGPG, ranking", typed(), args.seed, rows)
 
 
 def place(ranked: list[dict], task: str) -> int:

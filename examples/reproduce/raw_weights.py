@@ -11,13 +11,13 @@ trains it, `latent_of_weights` one that learns weights alone. Weights are brough
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from command import typed
 from torch import Tensor
 
 from hf_weightgen.evaluation.table import write_results
@@ -115,7 +115,7 @@ def main():
     certain = torch.full_like(squares, -math.inf)  # no posterior: the weights are what they are
     for method, width in {"raw": WIDTH, "raw_wide": WIDE}.items():
         measure(method, {task: restore(made) for task, made in sampled(squares, certain, width).items()})
-    write_results(args.out, "D2NWG, Figure 6b", f"python {' '.join(sys.argv)}", args.seed, rows)
+    write_results(args.out, "D2NWG, Figure 6b", typed(), args.seed, rows)
     print(PAPER)
 
 

@@ -13,12 +13,12 @@ those of the last checkpoints of members that the generator was trained on, on t
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from command import typed
 from tiny_zoo import load, make_parser, samples
 
 from hf_weightgen.evaluation.table import write_results
@@ -53,7 +53,7 @@ def main():
             row = {"task": spec.name, "architecture": zoo[stored[0]]["arch"]["name"], "method": method}
             row |= scores(configs[spec.name], data[spec.name], networks, args.n, args.seed)
             rows.append(row | costs | {"seconds_for": args.n, "bytes": size})
-        write_results(args.out, "D2NWG, Table 3", f"python {' '.join(sys.argv)}", args.seed, rows)
+        write_results(args.out, "D2NWG, Table 3", typed(), args.seed, rows)
     print(summary(rows, len(zoo)))
 
 

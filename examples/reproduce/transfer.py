@@ -13,11 +13,11 @@ An average of the zoo's heads says nothing about other classes: `lookup` takes, 
 it. Rows of all examples are what a user may fit at once in the place of fine-tuning. A plot stands beside the table.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from command import typed
 from curves import curve_rows, curve_table, plot_curves
 from few_shot import heads, load, make_parser, name_embeds, read_sets
 from torch import Tensor
@@ -91,7 +91,7 @@ def main():
             rows += curve_rows(name, curves | at_once, **counts)
             title = f"{name}, {C} classes, {shots} of {n} example(s)"
             print(curve_table(title, curves | at_once, args.epochs), "\n", flush=True)
-            write_results(args.out, "D2NWG, Tables 2 and 22", f"python {' '.join(sys.argv)}", args.seed, rows)
+            write_results(args.out, "D2NWG, Tables 2 and 22", typed(), args.seed, rows)
     drawn = [row | {"task": f"{row['task']}, {row['shots']} example(s)"} for row in rows if row["method"] in makers]
     plot_curves(drawn, args.out.with_suffix(".png"))
     print(PAPER)

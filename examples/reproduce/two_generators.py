@@ -8,11 +8,11 @@ the one that is held out. Seconds are those of generating alone.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
+from command import typed
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import Predictor, zoo_members
@@ -59,9 +59,7 @@ def main():
         own = [*last.values(), held_out[spec.name][-1]]
         rows.append(row(spec.name, "zoo", own, predict(own, test), labels))
         print("  ".join(f"{one['method']} {one['mean']:.1f}" for one in rows[-3:]), spec.name, flush=True)
-        write_results(
-            args.out, "LoRA adapters by codes and by diffusion", f"python {' '.join(sys.argv)}", args.seed, rows
-        )
+        write_results(args.out, "LoRA adapters by codes and by diffusion", typed(), args.seed, rows)
     for method in dict.fromkeys(one["method"] for one in rows):
         means = [one["mean"] for one in rows if one["method"] == method]
         print(f"{method}: {sum(means) / len(means):.2f} on average of {len(means)} tasks")

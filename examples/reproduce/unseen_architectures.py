@@ -9,9 +9,8 @@ what members of the known size have. All rows of a task are trained on the same 
 IGPG (section 4.4) tells of unseen architectures after fine-tuning; no figures of the paper are on these sets.
 """
 
-import sys
-
 import torch
+from command import typed
 from curves import curve_rows, curve_table
 from finetune import accuracy, finetune
 from tiny_zoo import init_of, load, make_parser
@@ -81,7 +80,7 @@ def main():
             told = f"{spec.name}, {family}, {name}"
             rows += curve_rows(spec.name, curves, architecture=family, variant=name)
             print(curve_table(told, curves, EPOCHS), flush=True)
-            write_results(args.out, "IGPG, unseen architectures", f"python {' '.join(sys.argv)}", args.seed, rows)
+            write_results(args.out, "IGPG, unseen architectures", typed(), args.seed, rows)
 
 
 def in_corner(member: dict, new: dict) -> dict:

@@ -12,10 +12,10 @@ examples, tuned on `--tuning`, says what no zoo is needed for. A plot stands bes
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
+from command import typed
 from few_shot import TUNING, draw, heads, load, make_parser, mean_feature, read_sets
 from plots import pyplot
 
@@ -50,7 +50,7 @@ def main():
             rows += [row | size for row in own]
             told = ", ".join(f"{row['method']} {row['mean']:.2f}" for row in own)
             print(f"{name}, {size['heads']} heads of {size['sets']} set(s): {told}", flush=True)
-            write_results(args.out, "D2NWG, Figure 6a", f"python {' '.join(sys.argv)}", args.seed, rows)
+            write_results(args.out, "D2NWG, Figure 6a", typed(), args.seed, rows)
     plot(rows, args.out.with_suffix(".png"))
     print(PAPER)
 

@@ -206,8 +206,11 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     unseen = "--generator", tmp_path / "run" / "pipeline", "--unseen", "colour", "--n", 2, "--out", out
     run("reproduce/unseen_sets.py", *unseen)
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["method"], row["nearest"]) for row in rows] == [
-        (method, "grey") for method in ("random_init", "members", "kde", "generated")
+    assert [(row["method"], row["nearest"], row["epoch"]) for row in rows] == [
+        (method, "grey", 0) for method in ("random_init", "members", "kde", "generated")
     ]
+    run("reproduce/unseen_sets.py", *unseen, "--epochs", 1)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["epoch"] for row in rows] == 4 * [0, 1] and all(row["n"] <= 2 for row in rows)
     with pytest.raises(SystemExit, match="trained on 'grey'"):
         run("reproduce/unseen_sets.py", *unseen[:3], "grey", *unseen[4:])
