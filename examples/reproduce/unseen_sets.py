@@ -76,7 +76,7 @@ def main():
         curves = finetune(config, methods, scaled, args, epochs, as_on=nearest)
         rows += curve_rows(spec.name, curves, nearest=nearest)
         print(curve_table(spec.name, curves, epochs), flush=True)
-        write_results(args.out, "D2NWG, Table 19", typed(), args.seed, rows)
+        write_results(args.out, "D2NWG, Table 19; IGPG, unseen tasks", typed(), args.seed, rows)
     print(PAPER)
 
 
