@@ -23,7 +23,15 @@ from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import in_words
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.training.dataset_encoder import dataset_loss
-from hf_weightgen.training.igpg import DecoderLoss, VQVAELoss, class_parts, encode_zoo, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import (
+    DecoderLoss,
+    VQVAELoss,
+    class_parts,
+    encode_zoo,
+    fit_places,
+    prior_loss,
+    shown_datasets,
+)
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.network_source import network_source
@@ -88,9 +96,11 @@ def main():
     parts = class_parts(tokenizer.token_size)
     size = tokenizer.token_size // parts
     noisy = {"learns_noise": source.task_loss is not None}  # which tells where weights matter least
-    noisy |= {"num_places": num_places(tokenizer, size)}
+    noisy |= {"num_places": num_places(tokenizer, size), "place_moments": source.train.start is not None}
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=size, class_parts=parts, **codes, **noisy))
     source.initialise_names(vqvae)
+    if vqvae.config.place_moments:
+        fit_places(vqvae, source.train, tokenizer)
 
     function_loss = source.function_loss and (lambda *step: FUNCTION_WEIGHT * source.function_loss(*step))
     loss = VQVAELoss(vqvae, source.train, tokenizer, args.vqvae_steps, function_loss, accelerator.gather)

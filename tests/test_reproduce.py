@@ -90,8 +90,20 @@ def test_diffusion_over_weights_stands_beside_that_over_latents(run, tmp_path):
 def test_commands_of_results_tell_no_places_of_a_machine(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "reproduce")
     typed = importlib.import_module("command").typed
-    given = ["--zoo", "runs/images", "/data/mlp", "--data_root", "/data/sets", "--tasks", "/x/a.json", "svhn", "--bf16"]
-    command = typed(["/home/me/examples/reproduce/codes.py", *given, "--image_encoder=/m", "--out", "o.json", "--n", "2"])
+    given = [
+        "--zoo",
+        "runs/images",
+        "/data/mlp",
+        "--data_root",
+        "/data/sets",
+        "--tasks",
+        "/x/a.json",
+        "svhn",
+        "--bf16",
+    ]
+    command = typed(
+        ["/home/me/examples/reproduce/codes.py", *given, "--image_encoder=/m", "--out", "o.json", "--n", "2"]
+    )
     assert command == (
         "python examples/reproduce/codes.py --zoo runs/images mlp --tasks a.json svhn --bf16 --n 2 --out results.json"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_weightgen.models.modeling_weight_vae import SHARE_WEIGHT
-from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
+from hf_weightgen.models.modeling_weight_vqvae import LEAST_SPREAD, WeightVQVAE, WeightVQVAEConfig, perplexity
 from tiny import random
 
 
@@ -205,6 +205,34 @@ def test_known_tokens_have_maps_of_their_own_and_new_ones_do_without():
     torch.testing.assert_close(model.decode(*read), plain)
     for unknown in (torch.full((length,), -1), torch.arange(length) + BODY):
         torch.testing.assert_close(model.decode(*read, unknown), plain)
+
+
+@torch.no_grad()
+def test_with_moments_known_tokens_are_told_by_how_they_differ_from_their_mean():
+    plain, model = with_places(learns_noise=True), with_places(learns_noise=True, place_moments=True)
+    data, length = batch(), BODY + CLASSES
+    data["places"] = torch.where(torch.arange(length) < BODY, torch.arange(length), -1)
+    data = {name: part if name == "places" else part[::2] for name, part in data.items()}  # of the larger kind
+    seen = data["weight_tokens"][:, :BODY]
+    for fitted in (plain, model):
+        torch.nn.init.normal_(fitted.place_out, generator=random(5))
+        torch.nn.init.normal_(fitted.noise_out.weight, generator=random(6))
+    model.fit_places(seen, torch.arange(BODY))
+    mean, std = seen.mean(0), seen.std(0, correction=0).clamp(min=LEAST_SPREAD)
+    assert std.max() > 2 * LEAST_SPREAD
+    own = data | {"weight_tokens": data["weight_tokens"].clone()}
+    own["weight_tokens"][:, :BODY] = (seen - mean) / std
+    output, expected = model(**data), plain(**own)
+    assert torch.equal(output.codes, expected.codes)
+    torch.testing.assert_close(output.reconstruction_errors, expected.reconstruction_errors, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.weight_tokens[:, :BODY], mean + std * expected.weight_tokens[:, :BODY])
+    torch.testing.assert_close(output.token_stds[:, :BODY], std * expected.token_stds[:, :BODY])
+    torch.testing.assert_close(output.weight_tokens[:, BODY:], expected.weight_tokens[:, BODY:])
+    new = model(**data, places_told=False)  # of a network that is new nothing is known
+    torch.testing.assert_close(new.weight_tokens, plain(**own, places_told=False).weight_tokens)
+    assert torch.equal(new.codes, output.codes)
+    model.fit_places(torch.ones(3, 1, 6), torch.tensor([2]))
+    assert model.place_mean[2].eq(1).all() and model.place_std[2].eq(LEAST_SPREAD).all()  # where all are alike
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
+from hf_weightgen.models.modeling_weight_vqvae import LEAST_SPREAD, WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import FEW_CLASSES, StepRandom, ZooTensors
-from hf_weightgen.training.igpg import prior_loss, shown_datasets
+from hf_weightgen.training.igpg import fit_places, prior_loss, shown_datasets
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.sources import Source, known_tasks
+from hf_weightgen.weights.pieces import Pieces, num_places
 from hf_weightgen.weights.tokenization import WeightTokenizer
 from tiny import LORA, MINILM, adapter, random
 
@@ -132,6 +134,23 @@ def test_targets_and_known_tasks_are_those_of_their_source(parts):
     assert torch.equal(whole.train.layout_of, torch.tensor(layouts)[whole.train.task_of])
     assert whole.asked_for("bank") == {"labels": [str(i) for i in range(WIDE)]}
     assert whole.score([{}, {}], "film").tolist() == [7, 7] and whole.score([{}], "dark").tolist() == [5]
+
+
+def test_places_of_networks_with_a_shared_start_are_fitted_and_others_left(parts):
+    whole, size = joined(parts), SIZE // 5
+    count, zoo = num_places(whole.tokenizer, size), whole.train
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "code_size": 4, "num_codes": 4}
+    config = WeightVQVAEConfig(token_size=size, class_parts=5, num_places=count, place_moments=True, **sizes)
+    vqvae, layout = WeightVQVAE(config), int(zoo.layout_of[-1])
+    fit_places(vqvae, zoo, whole.tokenizer)
+    pieces = Pieces(whole.tokenizer, layout, 0, size)
+    others = torch.ones(count, dtype=torch.bool).index_fill(0, pieces.places, False)
+    assert 0 < others.sum() < count
+    assert vqvae.place_mean[others].eq(0).all() and vqvae.place_std[others].eq(1).all()
+    own = whole.tokenizer.own_tokens(zoo.weight_tokens[zoo.layout_of == layout], layout)
+    tokens = pieces.cut(own[:, : pieces.num_tokens])
+    torch.testing.assert_close(vqvae.place_mean[pieces.places], tokens.mean(0))
+    assert vqvae.place_std[pieces.places].max() > 2 * LEAST_SPREAD
 
 
 def test_losses_are_asked_about_their_own_rows(parts):

@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 from .modeling_weight_vae import LOG_STDS, SHARE_WEIGHT, noise_losses
 
 
+LEAST_SPREAD = 0.05  # of a scalar at its place, beside the std of its tensor
 APART = 4.0  # length of a code before training: Gumbel noise, whose std is 1.3, does not drown distances of such codes
 
 
@@ -50,6 +51,8 @@ class WeightVQVAEConfig(PreTrainedConfig):
         uniform_weight: Of the divergence of the codes' usage from all codes alike.
         num_places: Tokens of the bodies of all known layouts, each of which has maps of its own in the decoder beside those that all
             tokens share, which alone decode networks that are new; place_size: what these maps read.
+        place_moments: Tokens of known places are told by how they differ from their mean there, in units of their spread: networks
+            that share a start differ by little, and what they have in common would be all that is learned.
         learns_noise, noise_weight, noise_share: As of [`WeightVAEConfig`]: the decoder also tells what codes leave open.
     """
 
@@ -71,6 +74,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     uniform_weight: float = 1e-3
     num_places: int = 0
     place_size: int = 32
+    place_moments: bool = False
     learns_noise: bool = False
     noise_weight: float = 5e-3
     noise_share: float = 0.6
@@ -132,6 +136,9 @@ class WeightVQVAE(PreTrainedModel):
             self.place_in = nn.Parameter(torch.empty(config.num_places, H))
             self.to_place = nn.Linear(H, config.place_size)
             self.place_out = nn.Parameter(torch.empty(config.num_places, config.place_size, outputs))
+        if config.place_moments:
+            self.register_buffer("place_mean", torch.zeros(config.num_places, config.token_size))
+            self.register_buffer("place_std", torch.ones(config.num_places, config.token_size))
         if config.learns_noise:
             self.noise_out = nn.Linear(H, config.token_size)
         self.post_init()
@@ -157,6 +164,9 @@ class WeightVQVAE(PreTrainedModel):
             if self.config.num_places:
                 init.zeros_(self.place_in)
                 init.zeros_(self.place_out)
+            if self.config.place_moments:
+                init.zeros_(self.place_mean)
+                init.ones_(self.place_std)
             if self.config.learns_noise:  # at first the same everywhere
                 init.zeros_(self.noise_out.weight)
 
@@ -166,16 +176,50 @@ class WeightVQVAE(PreTrainedModel):
             part.requires_grad_(not frozen)
         self.codebook.requires_grad_(not frozen)
 
-    def encode(self, weight_tokens: Tensor, descriptors: Tensor, name_embeds: Tensor, mask: Tensor) -> Tensor:
+    @torch.no_grad()
+    def fit_places(self, weight_tokens: Tensor, places: Tensor) -> None:
+        """
+        Of some places the mean and the spread, with `place_moments`.
+
+        Args:
+            weight_tokens (`torch.FloatTensor` of shape `(R, n, S)`): Of a zoo; places (`torch.LongTensor` of shape `(n,)`).
+        """
+        self.place_mean[places] = weight_tokens.mean(0)
+        self.place_std[places] = weight_tokens.std(0, correction=0).clamp(min=LEAST_SPREAD)
+
+    def _moments(self, places: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Mean and spread of each token, `(L, S)`; 0 and 1 where its place is not known."""
+        if places is None or not self.config.place_moments:
+            return None
+        real, number = self._known(places)
+        mean, std = self.place_mean[number], self.place_std[number]
+        return mean * real[:, None], torch.where(real[:, None], std, 1.0)
+
+    def _known(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Which places are known ones, and their numbers, or any."""
+        return (places >= 0) & (places < self.config.num_places), places.clamp(0, self.config.num_places - 1)
+
+    def encode(
+        self,
+        weight_tokens: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        mask: Tensor,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             weight_tokens (`torch.FloatTensor` of shape `(B, L, S)`), descriptors (`torch.FloatTensor` of shape `(B, L, D)`).
             name_embeds (`torch.FloatTensor` of shape `(B, L, E)`): Of the class of each class token; zeros on others.
             mask (`torch.BoolTensor` of shape `(B, L)`): `True` on tokens.
+            places: See [`~WeightVQVAE.decode`].
 
         Returns:
             `torch.FloatTensor` of shape `(B, L, Z)`: before it becomes codes.
         """
+        moments = self._moments(places)
+        if moments is not None:
+            weight_tokens = (weight_tokens - moments[0]) / moments[1]
         hidden = self.token_in(weight_tokens) + self.describe[0](descriptors) + self.name_in[0](name_embeds)
         return self.to_code(self._in_windows(self.encoder, hidden, mask))
 
@@ -249,8 +293,7 @@ class WeightVQVAE(PreTrainedModel):
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
         known = places is not None and config.num_places > 0
         if known:
-            real = (places >= 0) & (places < config.num_places)
-            places = places.clamp(0, config.num_places - 1)
+            moments, (real, places) = self._moments(places), self._known(places)
             hidden = hidden + self.place_in[places] * real[:, None]
         # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
         rows = self.name_projection(name_embeds).unflatten(-1, (self.config.class_parts, -1))
@@ -263,7 +306,10 @@ class WeightVQVAE(PreTrainedModel):
             maps = self.place_out[places] * real[:, None, None]
             outputs = outputs + torch.einsum("bld,lds->bls", self.to_place(hidden), maps)
         tokens, *log_stds = outputs.split(config.token_size, -1)
-        return tokens + of_names, log_stds[0].clamp(*LOG_STDS).exp() if log_stds else None
+        stds = log_stds[0].clamp(*LOG_STDS).exp() if log_stds else None
+        if known and moments is not None:
+            tokens, stds = moments[0] + moments[1] * tokens, None if stds is None else moments[1] * stds
+        return tokens + of_names, stds
 
     def _in_windows(self, transformer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
         """`(B, L, H)`, each window by itself; zeros where a window has no token."""
@@ -287,6 +333,7 @@ class WeightVQVAE(PreTrainedModel):
         places: Tensor | None = None,
         codes: Tensor | None = None,
         zoo_stds: Tensor | None = None,
+        places_told: bool = True,
     ) -> WeightVQVAEOutput:
         """
         Args:
@@ -298,16 +345,22 @@ class WeightVQVAE(PreTrainedModel):
             codes (`torch.LongTensor` of shape `(B, L, R)`, *optional*): What is decoded, in the place of what the encoder asks for.
             zoo_stds (`torch.FloatTensor` of shape `(B, L, S)`, *optional*): Of the zoo's rows of each checkpoint's task, for
                 `learns_noise`.
+            places_told: `False` decodes as a network that is new, whose tokens have no known places.
         """
-        config, mask = self.config, padding_mask.any(-1)
-        described = descriptors, name_embeds, mask, class_parts, places
+        config, mask, decoded_at = self.config, padding_mask.any(-1), places
+        if (
+            places is not None and not places_told
+        ):  # maps of places then take part with zeros, as several processes need it
+            decoded_at = torch.full_like(places, -1)
+        described, moments = (descriptors, name_embeds, mask, class_parts, decoded_at), self._moments(decoded_at)
+        scale = None if moments is None else moments[1]
         if codes is not None:
             tokens, stds = self._decode(self.embed_codes(codes).detach(), *described)
-            errors = self._errors(tokens, weight_tokens, padding_mask, class_parts)
+            errors = self._errors(tokens, weight_tokens, padding_mask, class_parts, scale)
             loss, made = errors.mean() + self._of_noise(stds, zoo_stds, padding_mask), {"weight_tokens": tokens}
             made |= {"codes": codes, "token_stds": stds, "reconstruction_errors": errors}
             return WeightVQVAEOutput(loss, errors.mean(), **made)
-        values = self.encode(weight_tokens, descriptors, name_embeds, mask)[mask]  # (tokens, Z)
+        values = self.encode(weight_tokens, descriptors, name_embeds, mask, places)[mask]  # (tokens, Z)
         gumbel = None
         if temperature > 0:
             if uniform is None:
@@ -319,7 +372,7 @@ class WeightVQVAE(PreTrainedModel):
         codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)
         embedded = values.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
         reconstruction, stds = self._decode(embedded, *described)
-        errors = self._errors(reconstruction, weight_tokens, padding_mask, class_parts)
+        errors = self._errors(reconstruction, weight_tokens, padding_mask, class_parts, scale)
         reconstruction_loss = errors.mean()
         chosen = self.embed_codes(codes)
         codebook_loss = F.mse_loss(chosen, values.detach())
@@ -344,8 +397,11 @@ class WeightVQVAE(PreTrainedModel):
             errors,
         )
 
-    def _errors(self, tokens: Tensor, weight_tokens: Tensor, padding_mask: Tensor, class_parts: Tensor) -> Tensor:
+    def _errors(self, tokens, weight_tokens, padding_mask, class_parts, scale: Tensor | None) -> Tensor:
+        """Mean squared error of each checkpoint, in units of `scale` `(L, S)`."""
         error = self._without_class_mean(tokens - weight_tokens, class_parts).square() * padding_mask
+        if scale is not None:
+            error = error / scale.square()
         return error.sum((1, 2)) / padding_mask.sum((1, 2)).clamp(min=1)
 
     def _of_noise(self, stds: Tensor | None, zoo_stds: Tensor | None, padding_mask: Tensor) -> Tensor | float:

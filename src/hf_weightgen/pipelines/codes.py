@@ -44,7 +44,8 @@ class Codes:
         pieces, *described = self._described(layouts[0], class_embeds)
         described = (part.expand(len(state_dicts), -1, -1).to(vqvae.device) for part in described)
         tokens = pieces.cut(encoded["weight_tokens"]).to(vqvae.device, vqvae.dtype)
-        values = vqvae.encode(tokens, *described, torch.ones_like(tokens[..., 0], dtype=torch.bool))
+        everywhere = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+        values = vqvae.encode(tokens, *described, everywhere, pieces.places.to(vqvae.device))
         codes, *_ = vqvae.quantise(values.flatten(0, 1))
         return codes.unflatten(0, values.shape[:2]).cpu(), layouts[0], class_embeds
 

@@ -119,7 +119,7 @@ class VQVAELoss:
         for layout, own in by_layout(zoo, rows):
             pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], config.token_size)
             lengths, shape = data["padding_mask"].any(-1).sum(1), (config.codes_per_token, config.num_codes)
-            data["places"] = _places(data["places"], random, layout)
+            data["places_told"] = _told(random, layout)
             draws = random.uniform_rows(own.tolist(), lengths.tolist(), *shape, purpose=70)
             uniform, spread = pad_sequence(draws, batch_first=True), _spread(zoo, tokenizer, rows[own], layout, pieces)
             output = model(**data, temperature=temperature, uniform=uniform, zoo_stds=spread)
@@ -176,7 +176,7 @@ class DecoderLoss:
         wide, stds = (torch.zeros(len(rows), *zoo.weight_tokens.shape[1:]) for _ in range(2))
         for layout, own in by_layout(zoo, rows):
             pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], self.size)
-            data["places"] = _places(data["places"], random, layout)
+            data["places_told"] = _told(random, layout)
             spread = _spread(zoo, tokenizer, rows[own], layout, pieces)
             output = model(**data, codes=codes[own, : len(pieces)], zoo_stds=spread)
             loss = loss + len(own) / len(rows) * output.loss
@@ -202,10 +202,9 @@ class DecoderLoss:
         return torch.where(taken[..., None], self.codes[torch.stack(others)], codes)
 
 
-def _places(places: Tensor, random: StepRandom, layout: int) -> Tensor:
-    """Now and then -1: a network that is new has none."""
-    untold = random.shared_integers(1000, 1, purpose=100 + layout).item() < 1000 * PLACELESS
-    return torch.full_like(places, -1) if untold else places
+def _told(random: StepRandom, layout: int) -> bool:
+    """Now and then the decoder is not told the places of tokens: a network that is new has none."""
+    return random.shared_integers(1000, 1, purpose=100 + layout).item() >= 1000 * PLACELESS
 
 
 def _spread(zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, pieces: Pieces) -> Tensor:
@@ -242,6 +241,14 @@ def _side_by_side(tokenizer: WeightTokenizer, layout: int, tokens: Tensor) -> Te
     body, T = tokenizer.num_body_tokens(layout), tokenizer.num_all_body_tokens
     start, classes = tokenizer.places(layout).start, tokens.shape[1] - body
     return torch.cat([torch.arange(start, start + body), torch.arange(T, T + classes)])
+
+
+def fit_places(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) -> None:
+    """Mean and spread of the scalars of networks that share a start, where the autoencoder tells weights by them."""
+    layout = int(zoo.layout_of[zoo.start])
+    rows, pieces = (zoo.layout_of == layout).nonzero().flatten(), Pieces(tokenizer, layout, 0, vqvae.config.token_size)
+    tokens = tokenizer.own_tokens(zoo.weight_tokens[rows], layout)[:, : pieces.num_tokens]
+    vqvae.fit_places(pieces.cut(tokens), pieces.places)
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:
