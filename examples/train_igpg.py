@@ -28,6 +28,7 @@ from hf_weightgen.training.igpg import (
     VQVAELoss,
     class_parts,
     encode_zoo,
+    fit_names,
     fit_places,
     prior_loss,
     shown_datasets,
@@ -101,6 +102,7 @@ def main():
     source.initialise_names(vqvae)
     if vqvae.config.place_moments:
         fit_places(vqvae, source.train, tokenizer)
+        fit_names(vqvae, source.train, tokenizer)
 
     function_loss = source.function_loss and (lambda *step: FUNCTION_WEIGHT * source.function_loss(*step))
     loss = VQVAELoss(vqvae, source.train, tokenizer, args.vqvae_steps, function_loss, accelerator.gather)

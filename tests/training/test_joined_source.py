@@ -8,7 +8,7 @@ from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, Dataset
 from hf_weightgen.models.modeling_weight_vqvae import LEAST_SPREAD, WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import FEW_CLASSES, StepRandom, ZooTensors
-from hf_weightgen.training.igpg import fit_places, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import fit_names, fit_places, prior_loss, shown_datasets
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.sources import Source, known_tasks
 from hf_weightgen.weights.pieces import Pieces, num_places
@@ -136,7 +136,7 @@ def test_targets_and_known_tasks_are_those_of_their_source(parts):
     assert whole.score([{}, {}], "film").tolist() == [7, 7] and whole.score([{}], "dark").tolist() == [5]
 
 
-def test_places_of_networks_with_a_shared_start_are_fitted_and_others_left(parts):
+def test_places_and_names_of_networks_with_a_shared_start_are_fitted_and_others_left(parts):
     whole, size = joined(parts), SIZE // 5
     count, zoo = num_places(whole.tokenizer, size), whole.train
     sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "code_size": 4, "num_codes": 4}
@@ -151,6 +151,20 @@ def test_places_of_networks_with_a_shared_start_are_fitted_and_others_left(parts
     tokens = pieces.cut(own[:, : pieces.num_tokens])
     torch.testing.assert_close(vqvae.place_mean[pieces.places], tokens.mean(0))
     assert vqvae.place_std[pieces.places].max() > 2 * LEAST_SPREAD
+
+    def left(vqvae: WeightVQVAE, wording: int) -> float:
+        """Of the mean rows of the head's classes, without what all classes share."""
+        body, total = whole.tokenizer.num_all_body_tokens, 0.0
+        for task in (2, 3):  # adapters
+            classes = int(zoo.class_mask[task].sum())
+            mean = zoo.weight_tokens[zoo.rows_of(task), body : body + classes].mean(0)
+            made = vqvae.name_projection(zoo.class_embeds[task][wording, :classes])
+            total += (mean - mean.mean(0) - made).square().sum().item()
+        return total
+
+    before = [left(vqvae, wording) for wording in range(2)]
+    fit_names(vqvae, zoo, whole.tokenizer)
+    assert all(left(vqvae, wording) < 0.5 * before[wording] for wording in range(2))
 
 
 def test_losses_are_asked_about_their_own_rows(parts):

@@ -26,6 +26,7 @@ from .objectives import NOISE_RAMP, weights_of
 COLDEST = 0.3  # temperature of codes at the end: colder ones keep accidents of the networks that train
 REVIVE_EVERY, MEMORY = 50, 0.95  # steps; how much of the counts of codes a step leaves
 LEAST = 0.02  # of the mean usage; codes that come less often are dead
+NAMES_RIDGE = 1.0  # beside squares of embeddings of length 1
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
 LARGEST = 96  # scalars that the codes of one place stand for
 PLACELESS = 0.15  # share of the autoencoder's calls that are not told which known tokens these are
@@ -243,12 +244,35 @@ def _side_by_side(tokenizer: WeightTokenizer, layout: int, tokens: Tensor) -> Te
     return torch.cat([torch.arange(start, start + body), torch.arange(T, T + classes)])
 
 
+@torch.no_grad()
 def fit_places(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) -> None:
     """Mean and spread of the scalars of networks that share a start, where the autoencoder tells weights by them."""
     layout = int(zoo.layout_of[zoo.start])
     rows, pieces = (zoo.layout_of == layout).nonzero().flatten(), Pieces(tokenizer, layout, 0, vqvae.config.token_size)
     tokens = tokenizer.own_tokens(zoo.weight_tokens[rows], layout)[:, : pieces.num_tokens]
     vqvae.fit_places(pieces.cut(tokens), pieces.places)
+
+
+@torch.no_grad()
+def fit_names(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) -> None:
+    """
+    Class tokens of networks that share a start as a linear map of class names, in all their wordings: ridge regression on what the
+    map that is there leaves of the means of tasks, which steps of training find slowly.
+    """
+    names, rows, first = [], [], tokenizer.num_all_body_tokens
+    for task in range(len(zoo.tasks) - 1):  # the start's own is the last one
+        own, classes = zoo.rows_of(task), int(zoo.class_mask[task].sum())
+        if zoo.layout_of[own[0]] == zoo.layout_of[zoo.start]:
+            mean = zoo.weight_tokens[own, first : first + classes].double().mean(0)
+            wordings = zoo.class_embeds[task][:, :classes].double()
+            names.append(wordings.flatten(0, 1))
+            rows.append(
+                (mean - mean.mean(0)).repeat(len(wordings), 1)
+            )  # the softmax does not see what all classes share
+    names, rows, weight = torch.cat(names), torch.cat(rows), vqvae.name_projection.weight
+    left = rows - names @ weight.double().mT
+    ridge = names.mT @ names + NAMES_RIDGE * torch.eye(names.shape[1], dtype=names.dtype)
+    weight += torch.linalg.solve(ridge, names.mT @ left).mT
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:
