@@ -178,12 +178,7 @@ class WeightVQVAE(PreTrainedModel):
 
     @torch.no_grad()
     def fit_places(self, weight_tokens: Tensor, places: Tensor) -> None:
-        """
-        Of some places the mean and the spread, with `place_moments`.
-
-        Args:
-            weight_tokens (`torch.FloatTensor` of shape `(R, n, S)`): Of a zoo; places (`torch.LongTensor` of shape `(n,)`).
-        """
+        """With `place_moments`, mean and spread of places `(n,)` from weight tokens `(R, n, S)` of a zoo."""
         self.place_mean[places] = weight_tokens.mean(0)
         self.place_std[places] = weight_tokens.std(0, correction=0).clamp(min=LEAST_SPREAD)
 
@@ -199,14 +194,7 @@ class WeightVQVAE(PreTrainedModel):
         """Which places are known ones, and their numbers, or any."""
         return (places >= 0) & (places < self.config.num_places), places.clamp(0, self.config.num_places - 1)
 
-    def encode(
-        self,
-        weight_tokens: Tensor,
-        descriptors: Tensor,
-        name_embeds: Tensor,
-        mask: Tensor,
-        places: Tensor | None = None,
-    ) -> Tensor:
+    def encode(self, weight_tokens, descriptors, name_embeds, mask, places: Tensor | None = None) -> Tensor:
         """
         Args:
             weight_tokens (`torch.FloatTensor` of shape `(B, L, S)`), descriptors (`torch.FloatTensor` of shape `(B, L, D)`).
