@@ -8,6 +8,7 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_d2nwg.py --ex
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 
 from hf_weightgen.evaluation.accuracy import rank_correlation
 from hf_weightgen.evaluation.baselines import average, gaussian
-from hf_weightgen.hub.cards import told_place, write_card
+from hf_weightgen.hub.cards import told_options, write_card
 from hf_weightgen.models.modeling_dataset_encoder import ALIGNMENTS, POOLINGS, DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_predictor import AccuracyPredictor, AccuracyPredictorConfig
 from hf_weightgen.models.modeling_weight_vae import WeightVAE, WeightVAEConfig
@@ -46,20 +47,7 @@ from hf_weightgen.training.sources import Source, digits_source, text_source
 from hf_weightgen.zoo.folder import load_zoo
 
 
-# what says where things are and not what they become
-ELSEWHERE = {
-    "data_root",
-    "image_encoder",
-    "cache",
-    "output_dir",
-    "checkpointing_steps",
-    "resume_from_checkpoint",
-    "report_to",
-    "expected_processes",
-}
-
-
-def make_parser() -> argparse.ArgumentParser:
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -124,24 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Go on although reconstruction costs accuracy; the card says so.",
     )
-    return parser
-
-
-def as_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The options that somebody who wants the same result types; folders are told by their names."""
-    typed = []
-    for name, value in vars(args).items():
-        if name not in ELSEWHERE and value != parser.get_default(name):
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            typed += [f"--{name}", *(told_place(str(one)) for one in values)]
-    return " ".join(typed)
-
-
-def main():
-    parser = make_parser()
     args = parser.parse_args()
     if args.predictor_weight and not args.predictor_steps:
         parser.error("--predictor_weight needs a predictor: give --predictor_steps too, e.g. 1200")
+    return args
+
+
+def main():
+    args = parse_args()
     # zoos of this size stay on the CPU: a step is a few small matrix products, and a run takes minutes
     accelerator = Accelerator(cpu=True, log_with=args.report_to, project_dir=args.output_dir)
     accelerator.print(f"num_processes: {accelerator.num_processes}")
@@ -313,7 +291,7 @@ def main():
         method="D2NWG",
         command="accelerate launch"
         + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
-        + f" examples/train_d2nwg.py {as_typed(parser, args)}".rstrip(),
+        + f" examples/train_d2nwg.py {told_options(sys.argv[1:])}".rstrip(),
         notes=notes,
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={

@@ -7,13 +7,14 @@ accelerate launch examples/train_igpg.py --zoo PATH_OR_ID PATH_OR_ID   # several
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from hf_weightgen.hub.cards import write_card
+from hf_weightgen.hub.cards import told_options, write_card
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
@@ -38,13 +39,13 @@ from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.sources import Source, text_source
 from hf_weightgen.weights.pieces import num_places
-from train_d2nwg import as_typed, figures, judged, kind_of, load_source
+from train_d2nwg import figures, judged, kind_of, load_source
 
 
 FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, which a few codes cannot take away
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--zoo", nargs="+", help="As of train_d2nwg.py. Default: small networks on digits, built on the spot.")
@@ -73,12 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpointing_steps", type=int, default=1000)
     add("--resume_from_checkpoint", help="'latest', or a checkpoint's name.")
     add("--skip_gate", action="store_true", help="Go on although codes cost accuracy; the card says so.")
-    return parser
+    return parser.parse_args()
 
 
 def main():
-    parser = make_parser()
-    args = parser.parse_args()
+    args = parse_args()
     accelerator = Accelerator(cpu=True, project_dir=args.output_dir)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
@@ -181,7 +181,7 @@ def main():
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         method="IGPG",
-        command=f"accelerate launch examples/train_igpg.py {as_typed(parser, args)}".rstrip(),
+        command=f"accelerate launch examples/train_igpg.py {told_options(sys.argv[1:])}".rstrip(),
         notes=["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else [],
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tiny_zoo import load, make_parser, samples, table_of
+from command import typed
+from tiny_zoo import DISTANCES, load, make_parser, samples, table_of
 
 from hf_weightgen.evaluation.table import format_table, write_results
-from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results, told_place
+from hf_weightgen.hub.cards import EVALUATION, add_figures, add_results
 from hf_weightgen.targets.mixed import target_number, target_numbers
 from hf_weightgen.targets.tasks import get_task
 
@@ -33,8 +34,7 @@ METHODS = (
 TABLE = "D2NWG, Table 9; IGPG, several architectures"
 LEGEND = (
     "Test accuracy in points; `generated` networks are shown five other images of each class, and the difference to the zoo is theirs. "
-    "L2: median distance to the nearest member, and of members to the nearest one of another run; spread: median distance of two "
-    "samples, of two members; both with hidden units matched. Noise, as far: members with noise, as far from the zoo as samples."
+    f"{DISTANCES} Noise, as far: members with noise, as far from the zoo as samples."
 )
 MISMATCHED, CONTROL = "generated_mismatched", "wrong_architecture"
 COLUMNS = {
@@ -48,12 +48,7 @@ PAPER = {"ResNet-44, CIFAR-10": (94.01, 94.10), "ResNet-44, CIFAR-100": (71.63, 
 def main():
     parser = make_parser(__doc__, n=20, zoos="+")
     parser.add_argument("--card", type=Path, help="Folder of the generator: its card gets the table, and it the rows.")
-    args, rows = parser.parse_args(), []
-    zoos, chosen = " ".join(map(told_place, args.zoo)), f" --tasks {' '.join(args.tasks)}" if args.tasks else ""
-    command = (
-        f"python examples/reproduce/architectures.py --generator {told_place(args.generator)} --zoo {zoos}{chosen}"
-    )
-    command += f" --n {args.n} --seed {args.seed} --out results.json"
+    args, rows, command = parser.parse_args(), [], typed()
     for table in itertools.chain.from_iterable(tables(args, zoo) for zoo in args.zoo):
         rows += table
         print(f"{table[0]['architecture']}, {format_table(table)}\n", flush=True)

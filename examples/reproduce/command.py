@@ -2,22 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from hf_weightgen.hub.cards import told_place
-
-
-ELSEWHERE = {"--data_root", "--image_encoder", "--out", "--cache"}  # say where things are and not what they become
+from hf_weightgen.hub.cards import told_options
 
 
 def typed(argv: Sequence[str] | None = None) -> str:
-    """Of the running script, from the project's root; absolute folders and files are told by their names."""
+    """Of the running script, from the project's root."""
     script, *given = sys.argv if argv is None else argv
-    told, skip = ["python", f"examples/reproduce/{told_place(script).split('/')[-1]}"], False
-    for one in given:
-        if one.startswith("--"):
-            skip = one.split("=")[0] in ELSEWHERE
-            if skip and "=" in one:
-                continue
-        if not skip:
-            told.append(told_place(one))
-    return " ".join([*told, "--out results.json"])
+    return f"python examples/reproduce/{Path(script).name} {told_options(given)}".rstrip() + " --out results.json"

@@ -37,10 +37,13 @@ COLUMNS = (
     "zoo", "zoo_held_out", "generated", "generated_from_prompts", "reconstruction", "random_init", "zoo_average", "gaussian", "kde",
     "pca_flow", "p_diff", "noise_0.15", "noise_at_distance", "generated_shuffled", "generated_mismatched",
 )  # fmt: skip
+DISTANCES = (
+    "L2: median distance to the nearest member, and of members to the nearest one of another run; spread: median distance of two "
+    "samples, of two members; both with hidden units matched."
+)
 LEGEND = (
     "Test accuracy in points. Every generated network is shown five other images of each class. Best: chosen on validation images, of as "
-    "many members as samples. L2: median distance to the nearest member, and of members to the nearest one of another run; "
-    "spread: median distance of two samples, of two members; both with hidden units matched. `noise_at_distance`: members with noise, as "
+    f"many members as samples. {DISTANCES} `noise_at_distance`: members with noise, as "
     "far from the zoo as the samples. Shuffled and mismatched: the examples have wrong classes, or are those of another task."
 )
 PAPER = {  # Table 20: pretrained models; D2NWG's samples, "seen"

@@ -210,7 +210,6 @@ def test_known_pairs_are_ranked_by_what_the_generator_would_write(pipe):
         pipe.prior.lm_head.weight.mul_(-1)
     other = pipe.rank("which digit is it")
     assert other != ranked
-    pipe._ranked = ()
     assert pipe.rank("which digit is it") == other  # nothing of the former weights was left
     with pytest.raises(TypeError, match="`prompt` must be one text, got list"):
         pipe.rank(["which digit is it", "sentiment on SST-2"])

@@ -23,6 +23,11 @@ PLACE = re.compile(  # where the snippet of a card loads from
     r'"(?:[^"\\\n]|\\.)*"(?:, (?:subfolder|revision)="(?:[^"\\\n]|\\.)*")*',
     re.MULTILINE,
 )
+# options of a command that say where things are, and not what becomes of them
+ELSEWHERE = {
+    "--data_root", "--image_encoder", "--cache", "--out", "--output_dir", "--card", "--checkpointing_steps",
+    "--resume_from_checkpoint", "--report_to", "--expected_processes",
+}  # fmt: skip
 UNNAMED = "hf_weightgen"  # what results are called until their repository has a name
 DEFAULTS = ("# Model Card for Model ID", "[More Information Needed]", "# Dataset Card for Dataset Name")
 
@@ -136,6 +141,19 @@ def readdress(folder: str | Path, repo_id: str, subfolder: str | None = None, re
 def told_place(place: str | Path) -> str:
     """How a command of a card names a folder or id: an absolute folder is each machine's own, and told by its name."""
     return Path(place).name if Path(place).is_absolute() else str(place)
+
+
+def told_options(argv: Sequence[str]) -> str:
+    """Of a command line the options that say what becomes of it, see [`ELSEWHERE`]; absolute folders are told by their names."""
+    told, skip = [], False
+    for one in argv:
+        if one.startswith("--"):
+            skip = one.split("=")[0] in ELSEWHERE
+        if not skip:
+            told.append(told_place(one))
+        elif "=" in one:
+            skip = False
+    return " ".join(told)
 
 
 def add_results(

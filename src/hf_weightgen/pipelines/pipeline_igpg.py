@@ -73,7 +73,6 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         image_encoder: dict | None = None,
     ):
         super().__init__()
-        self._ranked: tuple = ()  # see `_likeliest`
         self.register_modules(
             vqvae=vqvae,
             prior=prior,
@@ -311,57 +310,27 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         if not isinstance(prompt, (str, type(None))):
             raise TypeError(f"`prompt` must be one text, got {type(prompt).__name__}.")
         size = self.vqvae.config.embedding_size
-        request, ranked = read_request(self, size, prompt, None, 1, None, None, dataset, None), []
-        conditions = self._conditions(request, [self._written(target) for target in self.targets])
-        known = [unpack_embeddings(task["prompt_embeddings"], size)[0] for task in self.config.tasks]
-        for row, task in enumerate(self.config.tasks):
-            class_embeds, of_targets = (
-                self.encoder.embed(list(task["labels"]))[None],
-                self._likeliest(row, torch.stack(known)),
-            )
+        request, tasks = read_request(self, size, prompt, None, 1, None, None, dataset, None), self.config.tasks
+        of_tasks = torch.stack([unpack_embeddings(task["prompt_embeddings"], size)[0] for task in tasks])  # (tasks, E)
+        written = [self._written(target) for target in self.targets]
+        conditions, ranked = self._conditions(request, written), []
+        for row, task in enumerate(tasks):
+            class_embeds = self.encoder.embed(list(task["labels"]))[None]
             for number in target_numbers(task):
-                codes, under_known = of_targets[number]
-                asked = self._to_prior(conditions[number, None])
-                likely = self._likelihoods(codes, asked, self._written(self.targets[number]), class_embeds)
-                name, score = self.targets[number].get("name"), (likely[0] - under_known).item()
-                ranked.append({"task": task["name"], "architecture": name, "score": score})
+                asked = conditions[number, None]
+                known = torch.zeros(len(tasks), *asked.shape[1:])
+                known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
+                told = self._to_prior(torch.cat([asked, known]))
+                _, *described = self._described(written[number]["layout"], class_embeds)
+                described = [self._to_prior(part) for part in described]
+                codes = self.prior.write(told[1 + row, None], *described)
+                codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
+                losses, of = self.prior.code_losses(codes, told, *described)
+                likely = -torch.zeros(len(told), dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
+                score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
+                name = self.targets[number].get("name")
+                ranked.append({"task": task["name"], "architecture": name, "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
-
-    def _likeliest(self, row: int, of_tasks: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """
-        Of each target of a known task the likeliest codes for the task's own prompt, and the logarithm of how likely they are under a
-        known task at random. No request changes them: they are found once, as long as all that they follow from stays.
-
-        Args:
-            of_tasks (`torch.FloatTensor` of shape `(tasks, E)`): A prompt of each known task.
-        """
-        versions = sum(parameter._version for parameter in self.prior.parameters())
-        things = self.prior, self.encoder, self.weight_tokenizer, self.config.tasks, self.config.targets
-        state = self.prior.device, self.prior.dtype, versions
-        if self._ranked[:2] != (state, [*map(id, things)]):
-            self._ranked = state, [*map(id, things)], things, {}
-        found = self._ranked[-1]
-        if row not in found:
-            task = self.config.tasks[row]
-            class_embeds, found[row] = self.encoder.embed(list(task["labels"]))[None], {}
-            for number in target_numbers(task):
-                target = self._written(self.targets[number])
-                known = torch.zeros(len(of_tasks), len(CONDITIONS), of_tasks.shape[1])
-                known[:, 0], known[:, 2] = of_tasks, self.encoder.embed([in_words(target)])
-                known = self._to_prior(known)
-                _, *described = self._described(target["layout"], class_embeds)
-                codes = self.prior.write(known[row, None], *map(self._to_prior, described))
-                likely = self._likelihoods(codes, known, target, class_embeds)
-                found[row][number] = codes, likely.logsumexp(0) - math.log(len(likely))
-        return found[row]
-
-    def _likelihoods(self, codes: Tensor, conditions: Tensor, target: dict, class_embeds: Tensor) -> Tensor:
-        """Logarithms of how likely codes `(1, L, R)` are under conditions `(n, ...)`: `(n,)`."""
-        _, *described = self._described(target["layout"], class_embeds)
-        told = [part.expand(len(conditions), *part.shape[1:]) for part in (codes, *map(self._to_prior, described))]
-        losses, of = self.prior.code_losses(told[0], conditions, *told[1:])
-        zeros = torch.zeros(len(conditions), dtype=torch.float64)
-        return -zeros.index_add_(0, of.cpu(), losses.double().cpu())
 
     def _written(self, target: dict) -> dict:
         """The target whose codes are written for one."""

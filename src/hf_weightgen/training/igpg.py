@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -266,13 +267,11 @@ def fit_names(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) -
             mean = zoo.weight_tokens[own, first : first + classes].double().mean(0)
             wordings = zoo.class_embeds[task][:, :classes].double()
             names.append(wordings.flatten(0, 1))
-            rows.append(
-                (mean - mean.mean(0)).repeat(len(wordings), 1)
-            )  # the softmax does not see what all classes share
+            # the softmax does not see what all classes share
+            rows.append((mean - mean.mean(0)).repeat(len(wordings), 1))
     names, rows, weight = torch.cat(names), torch.cat(rows), vqvae.name_projection.weight
     left = rows - names @ weight.double().mT
-    ridge = names.mT @ names + NAMES_RIDGE * torch.eye(names.shape[1], dtype=names.dtype)
-    weight += torch.linalg.solve(ridge, names.mT @ left).mT
+    weight += torch.from_numpy(Ridge(NAMES_RIDGE, fit_intercept=False).fit(names.numpy(), left.numpy()).coef_)
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:

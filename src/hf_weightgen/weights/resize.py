@@ -39,8 +39,8 @@ def resized(weights: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) 
         wanted: Names and shapes of the new one, in order.
 
     Returns:
-        `dict[str, torch.Tensor]` with these names and shapes, on the CPU, in the dtype of the network. It computes the same where no layer has fewer units, and the
-        activation of a further layer leaves what it reads as it is, as ReLU does behind ReLU.
+        `dict[str, torch.Tensor]` with these names and shapes, on the CPU, in the dtype of the network. It computes the same where no
+        layer has fewer units, and the activation of a further layer leaves what it reads as it is, as ReLU does behind ReLU.
 
     Raises:
         ValueError: If it is not [`resizable`].
@@ -79,9 +79,8 @@ def _mapped(weights: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]
     old, numbers = len(weights), torch.arange(count)
     if count >= old:
         is_of = F.one_hot(numbers % old, old).double()
-        parts = (
-            is_of * (1 + numbers // old)[:, None]
-        )  # of copies that were read alike both would learn the same for ever
+        # of copies that were read alike both would learn the same for ever
+        parts = is_of * (1 + numbers // old)[:, None]
         return is_of, (parts / parts.sum(0)).mT
     mass = sizes.square().clamp(min=1e-12)  # units that are hardly read may be joined with any
     member = F.one_hot(_clusters(weights, mass, count), count).double()
@@ -92,7 +91,7 @@ def _mapped(weights: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]
 def _clusters(weights: Tensor, mass: Tensor, count: int) -> Tensor:
     """
     In which of `count` clusters each row of `weights` is, `(O,)`: again and again those two are joined of which that costs the least
-    (Ward; costs are updated by the formula of Lance and Williams, 1967).
+    (Ward; costs are updated by the formula of Lance and Williams, 1967). Those of scikit-learn and SciPy know no masses.
     """
     costs = torch.cdist(weights, weights).square() * mass * mass[:, None] / (mass + mass[:, None])
     costs.fill_diagonal_(torch.inf)
