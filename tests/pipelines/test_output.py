@@ -233,6 +233,29 @@ def test_generated_networks_are_models_too(networks, tmp_path):
         assert "TargetModel" in (folder / "README.md").read_text()
 
 
+def test_a_network_that_does_not_fit_its_target_is_named(networks):
+    networks.weights[1] = networks.weights[1] | {"hidden.weight": torch.zeros(5, 6)}
+    with pytest.raises(
+        ValueError, match=r"has \(4, 6\) for 'hidden.weight', the sample has \(5, 6\); give the target"
+    ):
+        networks.to_model(1)
+    networks.weights[0] = networks.weights[0] | {"stray": torch.zeros(1)}
+    with pytest.raises(ValueError, match="network of its target has no place for 'stray'"):
+        networks.to_model(0)
+
+
+def test_a_module_that_does_not_fit_its_weights_is_named(networks):
+    networks.targets[0] = {"kind": "module", "name": "given"}
+    networks.weights[0] = {"weight": torch.zeros(2, 6), "bias": torch.zeros(2)}
+    networks.module = torch.nn.Linear(6, 2)
+    assert networks.to_model(0).weight.abs().max() == 0
+    networks.module = torch.nn.Linear(7, 2)
+    with pytest.raises(
+        ValueError, match=r"module has \(2, 7\) for 'weight', the sample has \(2, 6\); give the module"
+    ):
+        networks.to_model(0)
+
+
 def test_a_part_of_a_network_is_no_model(networks, tmp_path):
     weights = {name: tensor for name, tensor in networks.weights[0].items() if name.startswith("head")}
     part = replace(networks, weights=[weights, networks.weights[1]])

@@ -95,6 +95,7 @@ class WeightGenOutput(BaseOutput):
                     "The weights are for a module that is not here; load them with its `load_state_dict`."
                 )
             model = copy.deepcopy(self.module)
+            _check_shapes(weights, model.state_dict(), "module", "sample", "give the module that it was generated for")
             model.load_state_dict({**model.state_dict(), **weights})
             return model.eval()
         id2label = dict(enumerate(names))
@@ -108,20 +109,18 @@ class WeightGenOutput(BaseOutput):
                     f"The weights are a part of a network, without {lacking[0]!r}; load them onto the one whose training the zoo "
                     "followed, with its `load_state_dict(weights, strict=False)`."
                 )
+            _check_shapes(weights, model.state_dict(), "network of its target", "sample", "give the target it is for")
             model.load_state_dict({**dict(model.named_buffers()), **weights})
             return model.eval()
         base = load_classifier(target["base_model"], len(names), id2label=id2label, label2id=label2id)
         model = get_peft_model(base, LoraConfig(**target["lora"]))
-        places = {
-            name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        }
-        came = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = [name for name in places | came if places.get(name) != came.get(name)]
-        if wrong:
-            raise ValueError(
-                f"The base model {target['base_model']!r} has {places.get(wrong[0], 'no place')} for {wrong[0]!r}, the adapter "
-                f"has {came.get(wrong[0], 'no such tensor')}; load the base model that the adapter was made for."
-            )
+        places, told = (
+            get_peft_model_state_dict(model, save_embedding_layers=False),
+            f"base model {target['base_model']!r}",
+        )
+        _check_shapes(
+            weights, places, told, "adapter", "load the base model that the adapter was made for", whole=True
+        )
         set_peft_model_state_dict(model, weights)
         for module in model.modules():  # PEFT keeps the random head of the base model beside ours
             if isinstance(module, ModulesToSaveWrapper):
@@ -238,6 +237,24 @@ class WeightGenOutput(BaseOutput):
         weights = [self.weights[i] for i in indices] if self.weights else []
         command = self.command if indices == list(range(count)) else None  # it would make other samples too
         return replace(self, weights=weights, latents=self.latents[indices], command=command, **kept)
+
+
+def _check_shapes(
+    weights: Mapping[str, Tensor],
+    places: Mapping[str, Tensor],
+    model: str,
+    kind: str,
+    remedy: str,
+    whole: bool = False,
+) -> None:
+    """That all weights have a place of their shape, and with `whole` all places weights; the rest is for the message."""
+    have, came = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (places, weights))
+    for name in have | came if whole else came:
+        if have.get(name) != came.get(name):
+            raise ValueError(
+                f"The {model} has {have.get(name, 'no place')} for {name!r}, the {kind} has {came.get(name, 'no such tensor')}; "
+                f"{remedy}."
+            )
 
 
 def publish_weights(
