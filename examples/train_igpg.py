@@ -33,6 +33,7 @@ from hf_weightgen.training.igpg import (
     fit_places,
     prior_loss,
     shown_datasets,
+    wide_heads,
 )
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.loop import LoopConfig, train
@@ -98,6 +99,8 @@ def main():
     size = tokenizer.token_size // parts
     noisy = {"learns_noise": source.task_loss is not None}  # which tells where weights matter least
     noisy |= {"num_places": num_places(tokenizer, size), "place_moments": source.train.start is not None}
+    if noisy["place_moments"]:
+        noisy["named_layouts"] = wide_heads(tokenizer, size)
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=size, class_parts=parts, **codes, **noisy))
     source.initialise_names(vqvae)
     if vqvae.config.place_moments:

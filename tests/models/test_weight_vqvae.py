@@ -185,6 +185,27 @@ def with_places(**settings) -> WeightVQVAE:
     return model
 
 
+def test_layouts_have_maps_of_names_of_their_own_and_all_others_share_one():
+    model = WeightVQVAE(WeightVQVAEConfig(**SIZES, **CODES, num_places=BODY, named_layouts=[2, 4])).eval()
+    read, length = told(model), BODY + CLASSES
+
+    def of_layout(layout: int) -> torch.Tensor:
+        return model.decode(*read, torch.where(torch.arange(length) < BODY, torch.arange(length), -1 - layout))
+
+    torch.nn.init.normal_(model.name_projection.weight, generator=random(0))
+    rows, without = torch.einsum("ble,se->bls", read[2], model.map_of_names(4)), model.name_projection.weight.clone()
+    with torch.no_grad():
+        before, shared = of_layout(4), [of_layout(layout) for layout in (0, 3, 9)]
+        model.map_of_names(4).zero_()
+    torch.testing.assert_close(before - of_layout(4), rows)
+    assert rows[:, BODY:].any() and not torch.equal(of_layout(2), of_layout(4))
+    for layout, same in zip((0, 3, 9), shared, strict=True):
+        torch.testing.assert_close(of_layout(layout), same)
+        torch.testing.assert_close(same, shared[0])
+    torch.testing.assert_close(model.decode(*read), shared[0])  # where nothing is told
+    assert (model.name_projection.weight != without).any(1).sum() == SIZES["token_size"]
+
+
 def told(model: WeightVQVAE) -> list[torch.Tensor]:
     """What `decode` reads of the batch."""
     data, mask = batch(), batch()["padding_mask"].any(-1)

@@ -8,7 +8,7 @@ from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, Dataset
 from hf_weightgen.models.modeling_weight_vqvae import LEAST_SPREAD, WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import FEW_CLASSES, StepRandom, ZooTensors
-from hf_weightgen.training.igpg import fit_names, fit_places, prior_loss, shown_datasets
+from hf_weightgen.training.igpg import fit_names, fit_places, prior_loss, shown_datasets, wide_heads
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.sources import Source, known_tasks
 from hf_weightgen.weights.pieces import Pieces, num_places
@@ -165,6 +165,13 @@ def test_places_and_names_of_networks_with_a_shared_start_are_fitted_and_others_
     before = [left(vqvae, wording) for wording in range(2)]
     fit_names(vqvae, zoo, whole.tokenizer)
     assert all(left(vqvae, wording) < 0.5 * before[wording] for wording in range(2))
+    assert wide_heads(whole.tokenizer, size) == [layout]
+    apart = WeightVQVAE(WeightVQVAEConfig(**config.to_diff_dict() | {"named_layouts": [layout]}))
+    for one in (vqvae, apart):
+        whole.initialise_names(one)
+        fit_names(one, zoo, whole.tokenizer)
+    torch.testing.assert_close(apart.map_of_names(layout), vqvae.name_projection.weight)
+    assert not apart.map_of_names(0).any()
 
 
 def test_losses_are_asked_about_their_own_rows(parts):

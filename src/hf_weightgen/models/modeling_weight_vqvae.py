@@ -16,7 +16,7 @@ Notation used for shapes:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class WeightVQVAEConfig(PreTrainedConfig):
             tokens share, which alone decode networks that are new; place_size: what these maps read.
         place_moments: Tokens of known places are told by how they differ from their mean there, in units of their spread: networks
             that share a start differ by little, and what they have in common would be all that is learned.
+        named_layouts: Numbers of layouts whose class rows have a linear map of names of their own, such as heads that read text; all
+            others share one.
         learns_noise, noise_weight, noise_share: As of [`WeightVAEConfig`]: the decoder also tells what codes leave open.
     """
 
@@ -75,6 +77,7 @@ class WeightVQVAEConfig(PreTrainedConfig):
     num_places: int = 0
     place_size: int = 32
     place_moments: bool = False
+    named_layouts: list[int] = field(default_factory=list)
     learns_noise: bool = False
     noise_weight: float = 5e-3
     noise_share: float = 0.6
@@ -129,7 +132,8 @@ class WeightVQVAE(PreTrainedModel):
         self.name_in = nn.ModuleList(nn.Linear(config.embedding_size, H, bias=False) for _ in range(2))
         self.to_code, self.from_code = nn.Linear(H, config.code_size), nn.Linear(config.code_size, H)
         self.token_out = nn.Linear(H, config.token_size)
-        self.name_projection = nn.Linear(config.embedding_size, config.class_parts * config.token_size, bias=False)
+        rows = (1 + len(config.named_layouts)) * config.class_parts * config.token_size
+        self.name_projection = nn.Linear(config.embedding_size, rows, bias=False)
         self.codebook = nn.Parameter(torch.empty(config.codes_per_token, config.num_codes, config.code_size))
         outputs = config.token_size * (2 if config.learns_noise else 1)
         if config.num_places:
@@ -181,6 +185,12 @@ class WeightVQVAE(PreTrainedModel):
         """With `place_moments`, mean and spread of places `(n,)` from weight tokens `(R, n, S)` of a zoo."""
         self.place_mean[places] = weight_tokens.mean(0)
         self.place_std[places] = weight_tokens.std(0, correction=0).clamp(min=LEAST_SPREAD)
+
+    def map_of_names(self, layout: int) -> Tensor:
+        """What takes a class name to its row of the head in a layout, `(class_parts * S, E)`: a view of the parameter."""
+        named = self.config.named_layouts
+        number = 1 + named.index(layout) if layout in named else 0
+        return self.name_projection.weight.unflatten(0, (1 + len(named), -1))[number]
 
     def _moments(self, places: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Mean and spread of each token, `(L, S)`; 0 and 1 where its place is not known."""
@@ -265,7 +275,7 @@ class WeightVQVAE(PreTrainedModel):
             descriptors, name_embeds, mask: See [`~WeightVQVAE.encode`].
             class_parts (`torch.LongTensor` of shape `(B, L)`): Which of its class's tokens each one is, from 1; 0 on others.
             places (`torch.LongTensor` of shape `(L,)`, *optional*): The number of each token among those of all known layouts; another
-                one than 0 to `num_places - 1` where it has none. Default: none has.
+                one than 0 to `num_places - 1` where it has none; on class tokens -1 less the layout's number. Default: none has.
             noise (`torch.FloatTensor` of shape `(B, L, S)`, *optional*): Unit Gaussian; with it, and `learns_noise`, a sample of
                 p(w | codes), without it the mean.
 
@@ -279,12 +289,14 @@ class WeightVQVAE(PreTrainedModel):
         """Tokens, and with `learns_noise` the stds of their noise."""
         config = self.config
         hidden = self.from_code(embedded) + self.describe[1](descriptors) + self.name_in[1](name_embeds)
-        known = places is not None and config.num_places > 0
+        known, layout = places is not None and config.num_places > 0, 0
+        if config.named_layouts and places is not None:
+            layout = int((-1 - places).max())  # class tokens are of one
+        # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
+        rows = F.linear(name_embeds, self.map_of_names(layout)).unflatten(-1, (config.class_parts, -1))
         if known:
             moments, (real, places) = self._moments(places), self._known(places)
             hidden = hidden + self.place_in[places] * real[:, None]
-        # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
-        rows = self.name_projection(name_embeds).unflatten(-1, (self.config.class_parts, -1))
         part = (class_parts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, rows.shape[-1])
         of_names = rows.gather(2, part)[:, :, 0]  # names of other tokens are zeros
         hidden = self._in_windows(self.decoder, hidden, mask)
@@ -336,10 +348,8 @@ class WeightVQVAE(PreTrainedModel):
             places_told: `False` decodes as a network that is new, whose tokens have no known places.
         """
         config, mask, decoded_at = self.config, padding_mask.any(-1), places
-        if (
-            places is not None and not places_told
-        ):  # maps of places then take part with zeros, as several processes need it
-            decoded_at = torch.full_like(places, -1)
+        if places is not None and not places_told:  # maps then take part with zeros, as several processes need it
+            decoded_at = places.clamp(max=-1)
         described, moments = (descriptors, name_embeds, mask, class_parts, decoded_at), self._moments(decoded_at)
         scale = None if moments is None else moments[1]
         if codes is not None:
@@ -352,9 +362,7 @@ class WeightVQVAE(PreTrainedModel):
         gumbel = None
         if temperature > 0:
             if uniform is None:
-                raise ValueError(
-                    f"With `temperature` {temperature}, `uniform` must hold the draws of the Gumbel noise."
-                )
+                raise ValueError(f"With `temperature` {temperature}, `uniform` must hold the draws of its noise.")
             tiny = torch.finfo(uniform.dtype).tiny
             gumbel = -(-uniform[mask].clamp(min=tiny).log()).clamp(min=tiny).log()
         codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)

@@ -41,6 +41,15 @@ def class_parts(token_size: int) -> int:
     return next(parts for parts in range(-(-token_size // LARGEST), token_size + 1) if token_size % parts == 0)
 
 
+def wide_heads(tokenizer: WeightTokenizer, size: int) -> list[int]:
+    """Of several layouts those whose class rows have all the parts that a token is cut into, as heads that read text do."""
+    layouts = range(len(tokenizer.layouts))
+    wide = [
+        k for k in layouts if tokenizer.layouts[k].head and tokenizer.filled(k, 2)[-1] > tokenizer.token_size - size
+    ]
+    return wide if len(wide) < len(layouts) else wide[1:]
+
+
 def of_layout(
     zoo: ZooTensors, tokenizer: WeightTokenizer, rows: Tensor, layout: int, names: Tensor, size: int
 ) -> tuple[Pieces, dict[str, Tensor]]:
@@ -257,21 +266,23 @@ def fit_places(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) 
 @torch.no_grad()
 def fit_names(vqvae: WeightVQVAE, zoo: ZooTensors, tokenizer: WeightTokenizer) -> None:
     """
-    Class tokens of networks that share a start as a linear map of class names, in all their wordings: ridge regression on what the
-    map that is there leaves of the means of tasks, which steps of training find slowly.
+    Class tokens of networks that share a start, and of other layouts with maps of their own, as a linear map of class names, in all
+    their wordings: ridge regression on what the map that is there leaves of the means of tasks, which steps of training find slowly.
     """
-    names, rows, first = [], [], tokenizer.num_all_body_tokens
-    for task in range(len(zoo.tasks) - 1):  # the start's own is the last one
-        own, classes = zoo.rows_of(task), int(zoo.class_mask[task].sum())
-        if zoo.layout_of[own[0]] == zoo.layout_of[zoo.start]:
-            mean = zoo.weight_tokens[own, first : first + classes].double().mean(0)
-            wordings = zoo.class_embeds[task][:, :classes].double()
-            names.append(wordings.flatten(0, 1))
-            # the softmax does not see what all classes share
-            rows.append((mean - mean.mean(0)).repeat(len(wordings), 1))
-    names, rows, weight = torch.cat(names), torch.cat(rows), vqvae.name_projection.weight
-    left = rows - names @ weight.double().mT
-    weight += torch.from_numpy(Ridge(NAMES_RIDGE, fit_intercept=False).fit(names.numpy(), left.numpy()).coef_)
+    first = tokenizer.num_all_body_tokens
+    for layout in {int(zoo.layout_of[zoo.start]), *vqvae.config.named_layouts}:
+        names, rows, weight = [], [], vqvae.map_of_names(layout)
+        for task in range(len(zoo.tasks) - 1):  # the start's own is the last one
+            own, classes = zoo.rows_of(task), int(zoo.class_mask[task].sum())
+            if zoo.layout_of[own[0]] == layout:
+                mean = zoo.weight_tokens[own, first : first + classes].double().mean(0)
+                wordings = zoo.class_embeds[task][:, :classes].double()
+                names.append(wordings.flatten(0, 1))
+                # the softmax does not see what all classes share
+                rows.append((mean - mean.mean(0)).repeat(len(wordings), 1))
+        names, rows = torch.cat(names), torch.cat(rows)
+        left = rows - names @ weight.double().mT
+        weight += torch.from_numpy(Ridge(NAMES_RIDGE, fit_intercept=False).fit(names.numpy(), left.numpy()).coef_)
 
 
 def shown_datasets(zoo: ZooTensors) -> ZooTensors:

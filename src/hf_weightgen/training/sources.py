@@ -115,6 +115,8 @@ class Source:
         stats = [self._scale(name) for name in (WEIGHT, BIAS)]
         with torch.no_grad():
             projection = autoencoder.name_projection.weight.zero_()
+            if isinstance(autoencoder, WeightVQVAE):
+                projection = autoencoder.map_of_names(int(self.train.layout_of[self.train.start]))
             projection[:size] = weight.mT / stats[0][1]
             projection[size] = bias / stats[1][1]
 

@@ -27,7 +27,7 @@ class Pieces:
         token, part (`torch.LongTensor` of shape `(n,)`): Each piece's token, and which part of it.
         of_class (`torch.LongTensor` of shape `(n,)`): 1 + `part` on pieces of class tokens, 0 on others.
         places (`torch.LongTensor` of shape `(n,)`): Their numbers among the pieces of the bodies of all layouts of the tokenizer, see
-            [`num_places`]; -1 on those of classes.
+            [`num_places`]; on those of classes, -1 less the layout's number.
 
     Raises:
         LayoutMismatchError: If tokens do not divide into pieces.
@@ -44,7 +44,7 @@ class Pieces:
         self.part = torch.arange(len(self.token)) - (counts.cumsum(0) - counts)[self.token]
         self.of_class = (1 + self.part) * (self.token >= body)
         first = sum(_counts(tokenizer, earlier, 0, size).sum() for earlier in range(layout))
-        self.places = torch.where(self.token < body, first + torch.arange(len(self.token)), -1)
+        self.places = torch.where(self.token < body, first + torch.arange(len(self.token)), -1 - layout)
 
     def __len__(self) -> int:
         return len(self.token)
