@@ -236,6 +236,8 @@ def test_known_pairs_are_ranked(encoder, run, tmp_path):
     assert code == 1 and "nowhere" in err and "Traceback" not in err
     code, _, err = run("rank", generator)
     assert code == 1 and "Give" in err
+    code, _, err = run("rank", generator, "--prompt", "which digit is it", "--split", "test")
+    assert code == 1 and "give --dataset too" in err
 
 
 def test_diffusion_models_do_not_rank(generator, run):
@@ -250,6 +252,8 @@ def test_codes_are_written_by_the_same_command(encoder, run, tmp_path):
     assert run(*asked, "--architecture", "large")[0] == 0 and (tmp_path / "out" / "model.safetensors").is_file()
     code, _, err = run(*asked, "--guidance-scale", "2")
     assert code == 1 and "guidance_scale" in err and "Traceback" not in err
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from hf_weightgen.targets.image_encoders import MOBILENET, load_image_encoder
 from hf_weightgen.targets.mixed import target_number
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.build_networks import SHORT, NetworkZooConfig
+from hf_weightgen.zoo.features import load_texts
 from hf_weightgen.zoo.folder import load_zoo
 from hf_weightgen.zoo.images import Images, load_images
 from hf_weightgen.zoo.networks import keep_memory
@@ -161,6 +162,7 @@ def make_parser(description: str, n: int, zoos: str | None = None) -> argparse.A
     )
     parser.add_argument("--data_root", type=Path, help="Folder with datasets under their Hub ids.")
     parser.add_argument("--image_encoder", default=MOBILENET, help="Id, or folder of a local copy.")
+    parser.add_argument("--cache", default="runs/features", help="Folder for sentences as heads read them.")
     parser.add_argument("--tasks", nargs="*", help="Default: all of the zoo that the generator knows.")
     parser.add_argument("--n", type=int, default=n, help="Networks per row.")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,12 +171,11 @@ def make_parser(description: str, n: int, zoos: str | None = None) -> argparse.A
 
 
 def load(args) -> tuple:
-    """The generator, the specs of its tasks, by their names their networks and images, the zoo, and its architecture where the
-    generator knows them by name."""
+    """The generator, the specs of its tasks, by their names their networks and what these read, the zoo, and its architecture where
+    the generator knows them by name."""
     keep_memory()
     pipe = WeightGenPipeline.from_pretrained(args.generator)
     pipe.set_progress_bar_config(disable=True)
-    pipe.image_encoder = load_image_encoder(args.image_encoder)
     known = {task["name"]: task for task in pipe.config.tasks}
     zoo = load_zoo(args.zoo)
     tasks, named = set(zoo["task"]), any("name" in target for target in pipe.targets)
@@ -184,14 +185,21 @@ def load(args) -> tuple:
     for spec in specs:
         target = pipe.targets[target_number(pipe.targets, known[spec.name], architecture)]
         configs[spec.name] = TargetConfig(**target["config"], num_classes=len(spec.labels))
-    data = load_images(specs, args.data_root, configs[specs[0].name].input_shape[1])
+    shape = configs[specs[0].name].input_shape
+    if len(shape) == 1:
+        data = load_texts(specs, pipe.encoder, args.data_root, args.cache)
+    else:
+        data, pipe.image_encoder = load_images(specs, args.data_root, shape[1]), load_image_encoder(args.image_encoder)
     return pipe, specs, configs, data, zoo, architecture
 
 
 def samples(
     pipe, data, spec, others, method: str, count: int, seed: int, architecture: str | None = None
 ) -> list[dict]:
-    """`count` networks, each from five images a class of its own; for the controls from images that are not the task's."""
+    """
+    `count` networks, each from five images a class of its own; for the controls from images that are not the task's. Heads on
+    sentences are asked for by prompts, and for the controls by names in another order, or by prompts and names of another task.
+    """
     made = outputs(pipe, data, spec, others, method, count, seed, architecture)
     return [weights for output in made for weights in output.weights]
 
@@ -200,18 +208,19 @@ def outputs(
     pipe, data, spec, others, method: str, count: int, seed: int, architecture: str | None = None
 ) -> list[WeightGenOutput]:
     """What the calls of [`samples`] return."""
-    generator = torch.Generator().manual_seed(seed)
-    names = list(spec.labels)
-    if method == "generated_from_prompts":
-        prompts = [spec.prompts[i % len(spec.prompts)] for i in range(count)]
-        return [pipe(prompts, labels=names, generator=generator, architecture=architecture)]
-    shown = spec
+    generator, shown, by_prompts = torch.Generator().manual_seed(seed), spec, method == "generated_from_prompts"
+    of_texts = data[spec.name].train.pixels.dim() == 2
     if method == "generated_mismatched":
         channels = {s.name: data[s.name].train.pixels.shape[1] for s in (spec, *others)}
         shown = next((other for other in others if channels[other.name] == channels[spec.name]), None)
-    if shown is None:
+    if shown is None or (of_texts and by_prompts):  # `generated` are
         return []
-    made = []
+    names, made = list(spec.labels), []
+    if of_texts or by_prompts:
+        prompts, names = [shown.prompts[i % len(shown.prompts)] for i in range(count)], list(shown.labels)
+        if method == "generated_shuffled":
+            names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        return [pipe(prompts, labels=names, generator=generator, architecture=architecture)]
     for _ in range(count):
         order = range(len(names))
         if method == "generated_shuffled":

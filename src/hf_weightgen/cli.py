@@ -80,6 +80,11 @@ def generate(
     told += [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     texts = [*(try_ or ()), *([try_pair] if try_pair else ())]
     pipe = WeightGenPipeline.from_pretrained(generator)
+    unread = [name for name, value in settings.items() if value is not None and name not in pipe.config]
+    if unread:
+        raise ValueError(
+            f"`{unread[0]}` is a setting of generators by diffusion; {generator!r} is a {type(pipe).__name__}."
+        )
     if texts and all(target["kind"] != "adapter" for target in pipe.targets):
         raise ValueError("--try needs a generator of text classifiers; this one makes small networks.")
     if not texts and out is None:
@@ -202,6 +207,8 @@ def rank(
 ):
     """Rank the tasks and architectures that a generator knows by how well they fit a description, a dataset, or both."""
     _check_format(format_)
+    if dataset is None and (config is not None or split != "train" or data_root is not None):
+        raise ValueError("--config, --split and --data-root are those of a dataset; give --dataset too.")
     from datasets import load_dataset
 
     from .pipelines.pipeline_utils import WeightGenPipeline

@@ -149,6 +149,12 @@ def test_images_are_seen_by_the_image_encoder(text_pipe, tmp_path):
         ({"dataset": DATASET, "prompt": ["a", "b"]}, "one `prompt` or none"),
         ({"dataset": DATASET, "prompt_embeds": torch.zeros(1, 384)}, "no `prompt_embeds`"),
         ({"dataset": {"a": images(1, 0), "b": images(1, 1)}}, "reads datasets of texts"),
+        ({"dataset": {"a": [torch.full((384,), torch.nan)], "b": [torch.ones(384)]}}, "NaN, infinite"),
+        ({"dataset": {"a": [torch.full((384,), 1e30)], "b": [torch.ones(384)]}}, "NaN, infinite"),
+        ({"dataset": {"a": [torch.ones(384)], "b": [torch.ones(3)]}}, "features of size 384, got 3, 384"),
+        ({"dataset": {"a": ["x"], "A": ["y"]}}, "'a' twice"),
+        ({"dataset": {"a\ud800": ["x"], "b": ["y"]}}, "lone surrogate"),
+        ({"prompt": "which digit is it", "labels": ["a\ud800", "b"]}, "lone surrogate"),
     ],
 )
 def test_what_does_not_go_together_is_refused(text_pipe, arguments, message):
@@ -168,6 +174,14 @@ def test_a_generator_without_dataset_encoder_says_so(encoder):
         ({"targets": [{"kind": "network", "config": SETTINGS[0], "layout": -1}]}, "`layout` must be the number"),
         ({"targets": [{"kind": "network", "config": SETTINGS[0], "layout": 7}]}, "layout 7"),
         ({"targets": [{"kind": "network", "config": SETTINGS[1], "layout": 0}]}, "another network"),
+        (
+            {"targets": [{"kind": "network", "config": SETTINGS[0], "layout": 0, "num_classes": 10**9}]},
+            "`num_classes` must be",
+        ),
+        (
+            {"targets": [{"kind": "network", "config": SETTINGS[0], "layout": 0, "num_classes": 0}]},
+            "`num_classes` must be",
+        ),
         ({"image_encoder": {"id": "../x"}}, "`image_encoder` must name a model"),
     ],
 )

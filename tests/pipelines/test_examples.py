@@ -1,5 +1,6 @@
 """What a user may hand over as a dataset."""
 
+import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -42,6 +43,14 @@ def test_texts_and_pixels_are_examples_and_no_more_than_needed_are_read():
         ({"a": ["x"], "b": []}, "no example of class 'b'"),
         ({"a": ["x"], "b": [torch.zeros(1, 4, 4, dtype=torch.uint8)]}, "mixes images and texts"),
         ({"a": [torch.zeros(1, 4, 4)], "b": ["x"]}, "tensor of bytes .* got Tensor \\(1, 4, 4\\)"),
+        ({"a": "good film", "b": ["x"]}, "a list of examples of class 'a', got str"),
+        ({"a": images(1, 0)[0], "b": ["x"]}, "a list of examples of class 'a', got Image"),
+        ({"a": None, "b": ["x"]}, "a list of examples of class 'a', got NoneType"),
+        ({1: ["x"], "1": ["y"], 2: ["z"]}, "names the class '1' twice"),
+        ([("x", torch.tensor(0)), ("y", torch.tensor(1))], "texts or whole numbers, got 'tensor\\(0\\)' of Tensor"),
+        ([("x", None), ("y", "b")], "texts or whole numbers, got 'None'"),
+        ({"a": [PIL.Image.new("I;16", (2, 2))], "b": images(1, 0)}, "mode 'I;16' has no bytes"),
+        ({"a": [PIL.Image.new("F", (2, 2))], "b": images(1, 0)}, "mode 'F' has no bytes"),
         (["a", "b"], "pairs \\(example, label\\), got 'a'"),
         (Dataset.from_dict({"text": ["a"], "label": [0]}), "one column of class labels and one of images or texts"),
     ],

@@ -259,6 +259,47 @@ def test_faults_name_what_came(pipe, settings, message):
         pipe("which digit is it", **settings)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("vqvae/config.json", {"num_layers": 10**9}, "'num_layers' is 1,000,000,000, the weights beside it are of"),
+        ("prior/config.json", {"rms_norm_eps": math.nan}, "'rms_norm_eps' is nan, expected a finite number"),
+        ("prior/config.json", {"is_encoder_decoder": True}, "'is_encoder_decoder' is True, which no IGPGPrior is"),
+        ("prior/config.json", {"output_attentions": True}, "'output_attentions' is True"),
+        ("vqvae/config.json", {"window": 0}, "`window` must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_would_break_calls_are_refused_before_anything_is_built(pipe, tmp_path, file, change, message):
+    pipe.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(config | change))
+    with pytest.raises(UntrustedFileError, match=message):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+def test_a_layout_without_tensors_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "weight_tokenizer" / "preprocessor_config.json"
+    config = json.loads(file.read_text())
+    config["layouts"][pipe.targets[-1]["layout"]] = []
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="which has no tensors"):
+        WeightGenPipeline.from_pretrained(tmp_path)
+
+
+def test_the_coldest_samples_are_the_likeliest_codes(pipe):
+    likeliest = pipe("which digit is it", temperature=0, output_type="codes").latents
+    for temperature in (1e-45, 1e-30, 1e-7):
+        asked = {"temperature": temperature, "output_type": "codes", "generator": random(1)}
+        assert torch.equal(pipe("which digit is it", **asked).latents, likeliest)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", 3, None, ["x"], "x" * 500])
+def test_a_name_of_an_architecture_is_a_line_of_text(pipe, name):
+    with pytest.raises(ValueError, match="`name` must be a short line of text"):
+        pipe.with_architecture(Own(9), name)
+
+
 class Own(nn.Module):
     """A network that no generator knows, with a buffer of its own."""
 

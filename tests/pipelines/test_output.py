@@ -148,6 +148,14 @@ def test_a_failure_leaves_nothing_half_written(output, tmp_path):
     assert names(tmp_path / "many") == ["0000"] and names(tmp_path / "many" / "0000") == FILES
 
 
+def test_the_folder_one_stands_in_is_not_filled(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("", "."):
+        with pytest.raises(ValueError, match="the folder that you stand in"):
+            output.save_pretrained(place)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_no_folder(output, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="`save_directory` '.*file' is a file"):
@@ -249,6 +257,9 @@ def test_a_module_that_does_not_fit_its_weights_is_named(networks):
     networks.weights[0] = {"weight": torch.zeros(2, 6), "bias": torch.zeros(2)}
     networks.module = torch.nn.Linear(6, 2)
     assert networks.to_model(0).weight.abs().max() == 0
+    networks.module = torch.nn.Linear(6, 2, device="meta")
+    with pytest.raises(ValueError, match="on the device 'meta', without memory"):
+        networks.to_model(0)
     networks.module = torch.nn.Linear(7, 2)
     with pytest.raises(
         ValueError, match=r"module has \(2, 7\) for 'weight', the sample has \(2, 6\); give the module"

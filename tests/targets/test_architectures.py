@@ -1,9 +1,10 @@
 """Networks read images as those of their training set were read."""
 
+import PIL.Image
 import pytest
 import torch
 
-from hf_weightgen.targets.architectures import TargetConfig, TargetModel
+from hf_weightgen.targets.architectures import TargetConfig, TargetModel, cnn
 from hf_weightgen.zoo.images import load_images
 from pictures import images, write
 
@@ -28,6 +29,18 @@ def test_images_are_read_as_the_zoo_reads_them(tmp_path, mode, channels):
 def test_without_mean_and_std_images_are_refused():
     with pytest.raises(ValueError, match="no `image_mean`"):
         TargetModel(TargetConfig(input_shape=[1, 6, 6], layers=[])).preprocess(images(1, 0))
+
+
+def test_pictures_without_bytes_are_refused():
+    config = TargetConfig(input_shape=[1, 6, 6], layers=[], image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(ValueError, match="mode 'I;16' has no bytes"):
+        TargetModel(config).preprocess([PIL.Image.new("I;16", (6, 6))])
+
+
+@pytest.mark.parametrize("layers", [cnn((4, 4), (5, 5), (True, True), (8,)), [{"kind": "max_pool"}] * 3])
+def test_layers_that_leave_no_pixel_are_named(layers):
+    with pytest.raises(ValueError, match=r"leaves nothing of what it reads, \["):
+        TargetModel(TargetConfig(input_shape=[1, 4, 4], layers=layers))
 
 
 @pytest.mark.parametrize(

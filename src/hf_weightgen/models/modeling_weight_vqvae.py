@@ -87,6 +87,8 @@ class WeightVQVAEConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` must divide over {self.num_attention_heads} attention heads, got {self.hidden_size}."
             )
+        if self.window < 1:
+            raise ValueError(f"`window` must be at least 1, got {self.window}.")
         super().__post_init__(**kwargs)
 
 
@@ -379,19 +381,8 @@ class WeightVQVAE(PreTrainedModel):
         loss = loss + config.commitment_weight * commitment_loss + config.uniform_weight * uniform_loss
         loss = loss + self._of_noise(stds, zoo_stds, padding_mask)
         every = codes.new_full((*mask.shape, config.codes_per_token), -1).masked_scatter(mask[..., None], codes)
-        return WeightVQVAEOutput(
-            loss,
-            reconstruction_loss,
-            codebook_loss,
-            commitment_loss,
-            uniform_loss,
-            perplexity(self.counts(every)),
-            reconstruction,
-            every,
-            asked.detach(),
-            stds,
-            errors,
-        )
+        terms = reconstruction_loss, codebook_loss, commitment_loss, uniform_loss, perplexity(self.counts(every))
+        return WeightVQVAEOutput(loss, *terms, reconstruction, every, asked.detach(), stds, errors)
 
     def _errors(self, tokens, weight_tokens, padding_mask, class_parts, scale: Tensor | None) -> Tensor:
         """Mean squared error of each checkpoint, in units of `scale` `(L, S)`."""

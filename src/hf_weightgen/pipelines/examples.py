@@ -3,7 +3,9 @@
 Notation: C classes.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from datasets import ClassLabel, Dataset, Image, Value
@@ -30,14 +32,22 @@ def examples_of(dataset: object) -> tuple[list[str], list[list]]:
     if isinstance(dataset, Dataset):
         by_class = _of_dataset(dataset)
     elif isinstance(dataset, Mapping):
-        by_class = {str(name): list(examples)[:MOST_EXAMPLES] for name, examples in dataset.items()}
+        by_class = {}
+        for name, examples in dataset.items():
+            if isinstance(examples, (str, Picture)) or not isinstance(examples, Iterable):
+                raise TypeError(
+                    f"`dataset` must have a list of examples of class {name!r}, got {type(examples).__name__}."
+                )
+            if _name_of(name) in by_class:
+                raise ValueError(f"`dataset` names the class {_name_of(name)!r} twice; classes need different names.")
+            by_class[_name_of(name)] = list(itertools.islice(examples, MOST_EXAMPLES))
     elif isinstance(dataset, Sequence) and not isinstance(dataset, str):
         by_class = {}
         for pair in dataset:
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise TypeError(f"`dataset` must hold pairs (example, label), got {str(pair)[:60]!r}.")
-            by_class.setdefault(str(pair[1]), []).append(pair[0])
-        by_class = {name: examples[:MOST_EXAMPLES] for name, examples in by_class.items()}
+            own = by_class.setdefault(_name_of(pair[1]), [])
+            own += [pair[0]] * (len(own) < MOST_EXAMPLES)
     else:
         raise TypeError(
             f"`dataset` must be a mapping of class names to examples, a `datasets.Dataset`, or pairs, got {type(dataset).__name__}."
@@ -80,10 +90,22 @@ def _of_dataset(dataset: Dataset) -> dict[str, list]:
     return {names[label]: dataset[rows[label]][inputs[0]] for label in sorted(rows)}
 
 
+def _name_of(label: object) -> str:
+    if isinstance(label, bool) or not isinstance(label, (str, Integral)):
+        raise TypeError(
+            f"Classes of `dataset` must be texts or whole numbers, got {str(label)[:60]!r} of {type(label).__name__}."
+        )
+    return str(label)
+
+
 def _kind(example: object) -> str:
     if isinstance(example, str):
         return "texts"
     if isinstance(example, Picture):
+        if example.mode[0] in "IF":  # their values would be cut to bytes: all white, or all black
+            raise TypeError(
+                f"A picture of mode {example.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
+            )
         return "images"
     if isinstance(example, Tensor) and example.dtype == torch.uint8 and example.dim() == 3 and len(example) in (1, 3):
         return "images"

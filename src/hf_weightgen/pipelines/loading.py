@@ -58,6 +58,13 @@ CLASSES = {
     "dataset_encoder": {(COMPONENTS, "DatasetEncoder"): components.DatasetEncoder},
     "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
 }
+FIXED = {
+    "is_encoder_decoder",
+    "add_cross_attention",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+}
 WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?\.safetensors")
 
 
@@ -142,6 +149,11 @@ def _check_network(component: type, folder: Path) -> None:
     if issubclass(component, PreTrainedModel):
         known = {*component.config_class().to_dict(), "architectures", "dtype", "torch_dtype", "transformers_version"}
         unknown = sorted(config.keys() - known)
+        foreign = [name for name in FIXED & config.keys() if config[name]]
+        if foreign:
+            raise UntrustedFileError(
+                f"{str(folder / 'config.json')!r}: {foreign[0]!r} is {str(config[foreign[0]])[:60]}, which no {component.__name__} is."
+            )
         if unknown:
             raise UntrustedFileError(
                 f"{str(folder / 'config.json')!r} holds {unknown[0]!r}, which no {component.__name__} has."
@@ -155,6 +167,7 @@ def _check_network(component: type, folder: Path) -> None:
     if not files:
         raise UntrustedFileError(f"{str(folder)!r} holds no safetensors file; download or save the generator anew.")
     headers = [read_header(file) for file in files]
+    _check_numbers_of(config, folder / "config.json", most_layers=len(headers[0]))
     try:
         with (
             torch.device("meta"),
@@ -180,6 +193,18 @@ def _check_network(component: type, folder: Path) -> None:
                 )
 
 
+def _check_numbers_of(config: Mapping, file: Path, most_layers: int) -> None:
+    """Numbers that break a network of the right shapes, or that cost the time before its parameters are counted."""
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UntrustedFileError(f"{str(file)!r}: {name!r} is {value!r}, expected a finite number.")
+        if "layers" in name and isinstance(value, int) and value > most_layers:  # some are copied, and not counted
+            raise UntrustedFileError(
+                f"{str(file)!r}: {name!r} is {value:,}, the weights beside it are of {most_layers} tensors. Download or save the "
+                "generator anew."
+            )
+
+
 @contextmanager
 def _limited(most_scalars: int, most_tensors: int) -> Iterator[None]:
     """Stops the building of a network that has far more parameters and buffers than its file."""
@@ -200,7 +225,7 @@ def _limited(most_scalars: int, most_tensors: int) -> Iterator[None]:
             hook.remove()
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
     """Whether a value is a line of text that can stand in a card."""
     return isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= len(value) <= LONGEST_NAME
 
@@ -228,7 +253,7 @@ def check_settings(config: Mapping, embedding_size: int) -> None:
                 "family": family,
                 "labels": [_, _, *_] as labels,
                 "prompt_embeddings": str(packed),
-            } if all(map(_is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
+            } if all(map(is_name, (name, family, *labels))) and len(set(labels)) == len(labels) <= MOST_LABELS:
                 if not unpack_embeddings(packed, embedding_size).isfinite().all():
                     raise ValueError(f"`tasks`: the prompt embeddings of {name!r} are not finite.")
                 _check_numbers(task, targets or [config["target"]])
@@ -276,6 +301,8 @@ def check_targets(targets: Sequence[Mapping], tokenizer: WeightTokenizer) -> Non
         if like is not None and (type(like) is not int or not 0 <= like < len(targets) or not fits(like, target)):
             raise ValueError(f"`targets` has a network in the sizes of which no network like {like!r} can be made.")
         layout = tokenizer.layouts[target["layout"]]
+        if not layout.tensors:
+            raise ValueError(f"`targets` names the layout {target['layout']}, which has no tensors.")
         tensors = {spec.name: spec.shape for spec in layout.tensors}
         ranks = {shape[0] for name, shape in tensors.items() if ".lora_A." in name}
         if target["kind"] == "adapter" and ranks != {target["lora"]["r"]}:
@@ -320,7 +347,10 @@ def _check_target(target: object) -> None:
             raise ValueError(
                 f"`target` {str(target)[:200]} is neither an adapter with base model and `lora`, nor a network."
             )
-    if target.get("name") is not None and not _is_name(target["name"]):
+    count = target.get("num_classes")
+    if count is not None and (type(count) is not int or not 1 <= count <= MOST_LABELS):
+        raise ValueError(f"`targets`: `num_classes` must be a number up to {MOST_LABELS:,}, got {str(count)[:60]!r}.")
+    if target.get("name") is not None and not is_name(target["name"]):
         raise ValueError(f"`targets`: `name` must be a short line of text, got {str(target['name'])[:60]!r}.")
     if type(target.get("layout", 0)) is not int or target.get("layout", 0) < 0:
         raise ValueError(f"`targets`: `layout` must be the number of a layout, got {str(target['layout'])[:60]!r}.")

@@ -94,6 +94,11 @@ class WeightGenOutput(BaseOutput):
                 raise ValueError(
                     "The weights are for a module that is not here; load them with its `load_state_dict`."
                 )
+            if any(tensor.is_meta for tensor in self.module.state_dict().values()):
+                raise ValueError(
+                    "The module is on the device 'meta', without memory: load the weights into one that has some, with its "
+                    "`load_state_dict(weights, strict=False)`."
+                )
             model = copy.deepcopy(self.module)
             _check_shapes(weights, model.state_dict(), "module", "sample", "give the module that it was generated for")
             model.load_state_dict({**model.state_dict(), **weights})
@@ -160,9 +165,8 @@ class WeightGenOutput(BaseOutput):
             config.save_pretrained(folder)
             tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            shutil.copymode(
-                folder / "adapter_config.json", folder / "adapter_model.safetensors"
-            )  # it writes for its owner alone
+        config_file, weights_file = (folder / name for name in CONFIGS[target["kind"]])
+        shutil.copymode(config_file, weights_file)  # it is written for its owner alone
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
         write_card(
             folder,

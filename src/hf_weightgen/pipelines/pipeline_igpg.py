@@ -29,7 +29,7 @@ from ..weights.resize import resized
 from ..weights.tokenization import WeightTokenizer
 from ..weights.unseen import with_layout
 from .codes import Codes
-from .loading import check_settings, check_targets, resizable_targets
+from .loading import check_settings, check_targets, is_name, resizable_targets
 from .output import WeightGenOutput
 from .pipeline_utils import WeightGenPipeline
 from .request import Request, read_request, sample_generators
@@ -37,6 +37,7 @@ from .shards import SHARD_SIZE, sample_folders, write_shards
 
 
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
+COLD = 1e-6  # temperatures below take the likeliest codes: divided by them, logits would be infinite
 GIVEN = "given"  # name of an architecture that a caller brings
 CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
@@ -161,6 +162,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         temperature = self.config.temperature if temperature is None else temperature
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature <= 100:
             raise ValueError(f"`temperature` must be a number from 0 to 100, got {temperature!r}.")
+        temperature = temperature if temperature > COLD else 0
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"`top_k` must be a whole number of at least 0, got {top_k!r}.")
         if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
@@ -243,6 +245,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             TypeError, ValueError: If it is none of these, no task fits it, or the name is taken.
         """
         target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
+        if not is_name(name):
+            raise ValueError(f"`name` must be a short line of text, got {str(name)[:60]!r}.")
         if name in {known.get("name") for known in self.targets}:
             raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
         same = [known for known in self.targets if "like" not in known and same_network(known, target)]

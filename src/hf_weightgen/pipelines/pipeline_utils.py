@@ -272,6 +272,8 @@ class WeightGenPipeline(DiffusionPipeline):
         for names in each:
             if any(not isinstance(name, str) or not name.strip() for name in names):
                 raise ValueError(f"`labels` must hold non-empty names, got {names!r}.")
+            if any("\ud800" <= character <= "\udfff" for name in names for character in name):
+                raise ValueError(f"`labels` {names!r} holds a lone surrogate, half of a character: read it anew.")
             if len(names) < 2:
                 raise ValueError(f"`labels` must name at least 2 classes, got {names!r}.")
             plain = [name.strip().casefold() for name in names]

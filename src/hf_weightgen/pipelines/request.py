@@ -103,12 +103,14 @@ def encode_dataset(pipe, dataset: object) -> tuple[list[str], Tensor, Tensor, in
     if encoder is None:
         raise ValueError("This generator reads prompts, no datasets: it has no dataset encoder.")
     names, examples = examples_of(dataset)
+    pipe.check_labels(names, 1)
     flat = [example for own in examples for example in own]
     kind = "texts" if pipe.config.image_encoder is None else "images"
     if isinstance(flat[0], Tensor) and flat[0].dim() == 1:
-        features, size = torch.stack(flat), encoder.config.feature_size  # (sum of n, F)
-        if features.shape[1] != size:
-            raise ValueError(f"This generator reads features of size {size}, got {features.shape[1]}.")
+        size, sizes = encoder.config.feature_size, sorted({len(example) for example in flat})
+        if sizes != [size]:
+            raise ValueError(f"This generator reads features of size {size}, got {', '.join(map(str, sizes))}.")
+        features = torch.stack(flat)  # (sum of n, F)
     elif isinstance(flat[0], str) != (kind == "texts"):
         raise TypeError(f"This generator reads datasets of {kind}, got {type(flat[0]).__name__}.")
     else:
@@ -122,6 +124,8 @@ def encode_dataset(pipe, dataset: object) -> tuple[list[str], Tensor, Tensor, in
     of_dataset, of_classes = encoder.encode(
         padded.to(encoder.device, encoder.dtype), mask.to(encoder.device), of_names
     )
+    if not (of_dataset.isfinite().all() and of_classes.isfinite().all()):
+        raise ValueError("Features of `dataset` are NaN, infinite or beyond all measure; make them anew.")
     return names, of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
 
 

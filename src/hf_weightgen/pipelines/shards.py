@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,6 +57,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
         (Path(temporary) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         moved = [(str(i), name) for i, name in enumerate(names)] + ([(INDEX, INDEX)] if count > 1 else [])
         for made, name in moved:
+            shutil.copymode(Path(temporary) / INDEX, Path(temporary) / made)  # it is written for its owner alone
             os.replace(Path(temporary) / made, folder / name)
     kept = {name for _, name in moved}
     for old in folder.iterdir():  # of an earlier network, in other shards
@@ -71,6 +73,8 @@ def sample_folders(root: Path, count: int) -> list[Path]:
     Raises:
         ValueError: If a file is in the way, or samples of an earlier call would stay among them.
     """
+    if root == Path():
+        raise ValueError("`save_directory` is empty or the folder that you stand in; name a folder.")
     file = next((path for path in (root, *root.parents) if path.is_file()), None)
     if file is not None:
         raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")

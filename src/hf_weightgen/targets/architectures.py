@@ -139,7 +139,7 @@ def _check_layers(layers: Sequence[dict]) -> list[str]:
 
 
 def shape_after(layer: dict, shape: Sequence[int]) -> list[int]:
-    """What a layer hands on, given what it gets: `[C]` or `[C, H, W]`."""
+    """What a layer hands on, given what it gets: `[C]` or `[C, H, W]`. Sizes below 1 are those of a layer that does not fit."""
     match layer["kind"]:
         case "conv":
             k, s, p = convolution(layer).values()
@@ -205,7 +205,11 @@ class TargetModel(PreTrainedModel):
                         place.add_module(name, nn.Module())
                     place = getattr(place, name)
                 place.add_module(last, module)
-            shape = shape_after(layer, shape)
+            read, shape = shape, shape_after(layer, shape)
+            if min(shape) < 1:
+                raise ValueError(
+                    f"A {layer['kind']!r} layer leaves nothing of what it reads, {list(read)}: {str(layer)[:120]}."
+                )
 
     def _init_weights(self, module: nn.Module) -> None:
         """As torch initialises them."""
@@ -232,7 +236,7 @@ class TargetModel(PreTrainedModel):
             `torch.FloatTensor` of shape `(n, *input_shape)`.
 
         Raises:
-            ValueError: If the config does not tell how images are standardised.
+            ValueError: If the config does not tell how images are standardised, or a picture has no bytes.
         """
         config = self.config
         if config.image_mean is None:
@@ -244,6 +248,10 @@ class TargetModel(PreTrainedModel):
         for image in images:
             if isinstance(image, Tensor):
                 image = Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).cpu().numpy())
+            if image.mode[0] in "IF":  # their values would be cut to bytes
+                raise ValueError(
+                    f"A picture of mode {image.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
+                )
             image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
             pixels.append(torch.from_numpy(np.asarray(image).copy()).view(height, width, channels).movedim(-1, 0))
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
