@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -153,7 +154,7 @@ def told_options(argv: Sequence[str]) -> str:
             told.append(told_place(one))
         elif "=" in one:
             skip = False
-    return " ".join(told)
+    return shlex.join(told)
 
 
 def add_results(

@@ -12,6 +12,8 @@ from datasets import ClassLabel, Dataset, Image, Value
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from ..targets.architectures import check_picture
+
 
 MOST_EXAMPLES = 32  # of a class that are read: more cost time and add little
 
@@ -47,7 +49,8 @@ def examples_of(dataset: object) -> tuple[list[str], list[list]]:
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise TypeError(f"`dataset` must hold pairs (example, label), got {str(pair)[:60]!r}.")
             own = by_class.setdefault(_name_of(pair[1]), [])
-            own += [pair[0]] * (len(own) < MOST_EXAMPLES)
+            if len(own) < MOST_EXAMPLES:
+                own.append(pair[0])
     else:
         raise TypeError(
             f"`dataset` must be a mapping of class names to examples, a `datasets.Dataset`, or pairs, got {type(dataset).__name__}."
@@ -102,10 +105,7 @@ def _kind(example: object) -> str:
     if isinstance(example, str):
         return "texts"
     if isinstance(example, Picture):
-        if example.mode[0] in "IF":  # their values would be cut to bytes: all white, or all black
-            raise TypeError(
-                f"A picture of mode {example.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
-            )
+        check_picture(example)
         return "images"
     if isinstance(example, Tensor) and example.dtype == torch.uint8 and example.dim() == 3 and len(example) in (1, 3):
         return "images"

@@ -58,13 +58,10 @@ CLASSES = {
     "dataset_encoder": {(COMPONENTS, "DatasetEncoder"): components.DatasetEncoder},
     "weight_tokenizer": {(COMPONENTS, "WeightTokenizer"): components.WeightTokenizer},
 }
-FIXED = {
-    "is_encoder_decoder",
-    "add_cross_attention",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict_in_generate",
-}
+# flags of transformers that none of our networks has, and that change what a call returns
+FOREIGN = {
+    "is_encoder_decoder", "add_cross_attention", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+}  # fmt: skip
 WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(\.[\w-]+)?\.safetensors")
 
 
@@ -149,11 +146,6 @@ def _check_network(component: type, folder: Path) -> None:
     if issubclass(component, PreTrainedModel):
         known = {*component.config_class().to_dict(), "architectures", "dtype", "torch_dtype", "transformers_version"}
         unknown = sorted(config.keys() - known)
-        foreign = [name for name in FIXED & config.keys() if config[name]]
-        if foreign:
-            raise UntrustedFileError(
-                f"{str(folder / 'config.json')!r}: {foreign[0]!r} is {str(config[foreign[0]])[:60]}, which no {component.__name__} is."
-            )
         if unknown:
             raise UntrustedFileError(
                 f"{str(folder / 'config.json')!r} holds {unknown[0]!r}, which no {component.__name__} has."
@@ -167,7 +159,7 @@ def _check_network(component: type, folder: Path) -> None:
     if not files:
         raise UntrustedFileError(f"{str(folder)!r} holds no safetensors file; download or save the generator anew.")
     headers = [read_header(file) for file in files]
-    _check_numbers_of(config, folder / "config.json", most_layers=len(headers[0]))
+    _check_values(component, config, folder / "config.json", most_layers=len(headers[0]))
     try:
         with (
             torch.device("meta"),
@@ -193,9 +185,13 @@ def _check_network(component: type, folder: Path) -> None:
                 )
 
 
-def _check_numbers_of(config: Mapping, file: Path, most_layers: int) -> None:
-    """Numbers that break a network of the right shapes, or that cost the time before its parameters are counted."""
+def _check_values(component: type, config: Mapping, file: Path, most_layers: int) -> None:
+    """Settings that break a network of the right shapes, or that cost time before its parameters are counted."""
     for name, value in config.items():
+        if name in FOREIGN and value:
+            raise UntrustedFileError(
+                f"{str(file)!r}: {name!r} is {str(value)[:60]}, which no {component.__name__} is."
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise UntrustedFileError(f"{str(file)!r}: {name!r} is {value!r}, expected a finite number.")
         if "layers" in name and isinstance(value, int) and value > most_layers:  # some are copied, and not counted

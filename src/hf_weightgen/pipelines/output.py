@@ -165,8 +165,8 @@ class WeightGenOutput(BaseOutput):
             config.save_pretrained(folder)
             tensors = {name: tensor.contiguous() for name, tensor in self.weights[index].items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config_file, weights_file = (folder / name for name in CONFIGS[target["kind"]])
-        shutil.copymode(config_file, weights_file)  # it is written for its owner alone
+        for file in folder.glob("*.safetensors"):  # which are written for their owner alone
+            shutil.copymode(folder / CONFIGS[target["kind"]][0], file)
         (folder / "labels.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
         write_card(
             folder,

@@ -244,7 +244,7 @@ class WeightGenPipeline(DiffusionPipeline):
         for text in prompts:
             if not any(character.isalnum() for character in text):
                 raise ValueError(f"`prompt` {text!r} says nothing; describe the task, e.g. 'sentiment on SST-2'.")
-            if any("\ud800" <= character <= "\udfff" for character in text):
+            if _is_torn(text):
                 raise ValueError(
                     f"`prompt` {text!r} holds a lone surrogate, half of a character: read it anew with the right encoding."
                 )
@@ -272,7 +272,7 @@ class WeightGenPipeline(DiffusionPipeline):
         for names in each:
             if any(not isinstance(name, str) or not name.strip() for name in names):
                 raise ValueError(f"`labels` must hold non-empty names, got {names!r}.")
-            if any("\ud800" <= character <= "\udfff" for name in names for character in name):
+            if any(map(_is_torn, names)):
                 raise ValueError(f"`labels` {names!r} holds a lone surrogate, half of a character: read it anew.")
             if len(names) < 2:
                 raise ValueError(f"`labels` must name at least 2 classes, got {names!r}.")
@@ -349,3 +349,8 @@ def _check_finite(pipe) -> None:
             for key, tensor in component.state_dict().items():
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(f"{name}: {key!r} holds NaN or infinite weights.")
+
+
+def _is_torn(text: str) -> bool:
+    """Whether a text holds half of a character."""
+    return any("\ud800" <= character <= "\udfff" for character in text)

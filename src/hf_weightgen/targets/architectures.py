@@ -168,6 +168,17 @@ def shortcut(layer: dict, x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, more // 2, more // 2)) if more else x
 
 
+def check_picture(picture: Image.Image) -> None:
+    """
+    Raises:
+        ValueError: If the values of a picture are no bytes: PIL would cut them, to all white or all black.
+    """
+    if picture.mode[0] in "IF":
+        raise ValueError(
+            f"A picture of mode {picture.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
+        )
+
+
 @dataclass
 class TargetOutput(ModelOutput):
     """`loss`, present with labels, and `logits` `(n, num_classes)`."""
@@ -248,10 +259,7 @@ class TargetModel(PreTrainedModel):
         for image in images:
             if isinstance(image, Tensor):
                 image = Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).cpu().numpy())
-            if image.mode[0] in "IF":  # their values would be cut to bytes
-                raise ValueError(
-                    f"A picture of mode {image.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
-                )
+            check_picture(image)
             image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
             pixels.append(torch.from_numpy(np.asarray(image).copy()).view(height, width, channels).movedim(-1, 0))
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
