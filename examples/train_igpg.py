@@ -43,6 +43,7 @@ from hf_weightgen.weights.pieces import num_places
 from train_d2nwg import figures, judged, kind_of, load_source
 
 
+PRIOR_RATE = 3.0  # learning rate of the prior, in those of the autoencoder
 FUNCTION_WEIGHT = 10.0  # of what decoded networks do, beside weight-space error, which a few codes cannot take away
 
 
@@ -141,12 +142,12 @@ def main():
     targets = source.targets or [source.target]
     in_text = encoder.embed([in_words(target) for target in targets])[source.targets_of_tasks]
     datasets = shown_datasets(source.shown) if dataset_encoder is not None else None
-    prior = IGPGPrior(IGPGConfig(**codes))
+    prior = IGPGPrior(IGPGConfig(**codes, num_places=vqvae.config.num_places))
     train(
         accelerator,
         prior,
         lambda m, r: prior_loss(m, of_zoo, texts, tokenizer, r, vqvae.config.token_size, in_text, datasets),
-        loop(args.max_train_steps, ema_decay=args.ema_decay),
+        loop(args.max_train_steps, ema_decay=args.ema_decay, learning_rate=args.learning_rate * PRIOR_RATE),
         "prior",
     )
     if not accelerator.is_main_process:

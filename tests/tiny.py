@@ -16,6 +16,7 @@ from hf_weightgen.targets.base_models import MINILM, pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import ZooTensors
 from hf_weightgen.training.objectives import noised
+from hf_weightgen.weights.pieces import num_places
 from hf_weightgen.weights.tokenization import WeightTokenizer
 
 
@@ -126,15 +127,10 @@ def igpg_pipeline(encoder) -> IGPGPipeline:
     configs = {name: {"input_shape": [7], "layers": mlp(*hidden)} for name, hidden in SIZES.items()}
     networks = [TargetModel(TargetConfig(**settings, num_classes=3)).state_dict() for settings in configs.values()]
     tokenizer = WeightTokenizer.fit([adapter(0), *networks], 385, head=[WEIGHT, BIAS, *HEAD])
-    codes = {"num_codes": 16, "codes_per_token": 2}
-    vqvae = WeightVQVAE(
-        WeightVQVAEConfig(
-            token_size=77, class_parts=5, hidden_size=16, num_layers=1, num_attention_heads=2, code_size=8, **codes
-        )
-    )
-    prior = IGPGPrior(
-        IGPGConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **codes)
-    )
+    both = {"num_codes": 16, "codes_per_token": 2, "hidden_size": 16, "num_attention_heads": 2}
+    both |= {"num_places": num_places(tokenizer, 77), "place_size": 4}
+    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=77, class_parts=5, num_layers=1, code_size=8, **both))
+    prior = IGPGPrior(IGPGConfig(intermediate_size=32, num_hidden_layers=1, **both))
     targets = [{"kind": "adapter", "base_model": MINILM, "lora": LORA, "layout": 0}]
     targets += [
         {"kind": "network", "name": name, "config": settings, "layout": layout}

@@ -22,6 +22,12 @@ def prior():
     return IGPGPrior(IGPGConfig(**SETTINGS)).eval()
 
 
+@pytest.fixture
+def placed():
+    torch.manual_seed(0)
+    return IGPGPrior(IGPGConfig(**SETTINGS, num_places=TOKENS, place_size=4)).eval()
+
+
 def asked(count: int, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
     generator = random(1)
     return {
@@ -122,6 +128,56 @@ def test_parts_are_read_from_their_start_on_as_far_as_the_context_goes(prior):
     assert not torch.allclose(
         prior.code_losses(changed, **data, start=25)[0].view(2, -1)[:, 2:], part.view(2, -1)[:, 2:]
     )
+
+
+def test_places_tell_tokens_apart_that_are_described_alike(placed):
+    data = asked(2, 40)
+    alike = data | {"descriptors": data["descriptors"][:, :1].expand(-1, 40, -1)}
+    for places in (torch.arange(40) - 3, torch.arange(40)[:4].repeat(10)):
+        slots = placed.slots(alike["descriptors"], alike["name_embeds"], places, data["conditions"])
+        known = (places >= 0) & (places < TOKENS)
+        unplaced = placed.slots(alike["descriptors"], alike["name_embeds"], None, data["conditions"])
+        of_token = (slots - unplaced).unflatten(1, (40, 2)).abs().sum((0, 2, 3))
+        assert torch.equal(of_token > 0, known)
+        cached = placed.write(**data, places=places, generators=generators(2))  # longer than the context
+        assert torch.equal(cached, placed.write(**data, places=places, generators=generators(2), use_cache=False))
+    with_maps = placed.slots(**slots_of(data, TOKENS), places=torch.arange(TOKENS))
+    flipped = placed.slots(**slots_of(data, TOKENS, flip=True), places=torch.arange(TOKENS))
+    placed.place_out.data.zero_()
+    without = [placed.slots(**slots_of(data, TOKENS, flip=f), places=torch.arange(TOKENS)) for f in (False, True)]
+    moved = [(a - b).unflatten(1, (TOKENS, 2))[:, :, 0] for a, b in zip((with_maps, flipped), without, strict=True)]
+    assert not torch.allclose(*moved, atol=1e-4)  # what a place says depends on what is asked for
+
+
+def slots_of(data: dict, tokens: int, flip: bool = False) -> dict[str, torch.Tensor]:
+    cut = {name: data[name][:, :tokens] for name in ("descriptors", "name_embeds")}
+    return cut | {"conditions": data["conditions"].flip(0) if flip else data["conditions"]}
+
+
+def test_with_places_it_learns_what_is_asked_for_from_wrong_codes_too(placed):
+    wanted, places = torch.randint(8, (2, TOKENS, 2), generator=random(2)), torch.arange(TOKENS)
+    data, optimizer = asked(2), torch.optim.Adam(placed.train().parameters(), lr=3e-3)
+    for step in range(120):
+        read = torch.randint(8, wanted.shape, generator=random(step))
+        optimizer.zero_grad()
+        placed(codes=wanted, read=read, places=places, **data).loss.backward()
+        optimizer.step()
+    placed.eval()
+    for read in (None, wanted.flip(0), (wanted + 1) % 8):
+        losses, _ = placed.code_losses(wanted, **data, places=places, read=read)
+        assert losses.mean() < 0.1
+    assert torch.equal(placed.write(**data, places=places), wanted)
+
+
+def test_what_is_read_is_scored_by_what_is_wanted(prior):
+    codes, data = torch.randint(8, (2, TOKENS, 2), generator=random(2)), asked(2)
+    losses = prior.code_losses(codes, **data)[0].view(2, -1)
+    read = codes.clone()
+    read[:, 3] = (codes[:, 3] + 1) % 8
+    misled = prior.code_losses(codes, **data, read=read)[0].view(2, -1)
+    torch.testing.assert_close(misled[:, :7], losses[:, :7])
+    assert not torch.allclose(misled[:, 7:], losses[:, 7:])
+    torch.testing.assert_close(prior.code_losses(codes, **data, read=codes)[0].view(2, -1), losses)
 
 
 def test_padding_and_what_is_not_told_say_nothing(prior):

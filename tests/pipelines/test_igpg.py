@@ -240,6 +240,13 @@ def test_parts_of_different_generators_are_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`num_codes` of the autoencoder is 16, of the prior 8"):
         WeightGenPipeline.from_pretrained(tmp_path)
+    config = IGPGConfig(**config.to_dict() | {"num_codes": 16, "num_places": 3})
+    pipe.register_modules(prior=IGPGPrior(config))
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"`num_places` of the autoencoder is {pipe.vqvae.config.num_places}, of the prior 3"
+    ):
+        WeightGenPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

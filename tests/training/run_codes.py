@@ -38,7 +38,9 @@ def main(folder: Path) -> None:
     small = {"hidden_size": 16, "num_attention_heads": 2}
     more = {"num_places": num_places(tokenizer, 4), "place_size": 4, "learns_noise": True}
     vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=4, code_size=4, num_layers=1, **small, **codes, **more))
-    prior = IGPGPrior(IGPGConfig(num_hidden_layers=1, intermediate_size=32, **small, **codes))
+    prior = IGPGPrior(
+        IGPGConfig(num_hidden_layers=1, intermediate_size=32, num_places=more["num_places"], **small, **codes)
+    )
     config = LoopConfig(folder, STEPS, train_batch_size=4, lr_warmup_steps=5)
     loss = VQVAELoss(vqvae, zoo, tokenizer, STEPS, gather=accelerator.gather)
     train(accelerator, vqvae, loss, config, "vqvae")

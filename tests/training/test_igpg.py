@@ -22,6 +22,7 @@ from hf_weightgen.training.igpg import (
     REVIVE_EVERY,
     DecoderLoss,
     VQVAELoss,
+    _misread,
     by_layout,
     encode_zoo,
     of_layout,
@@ -192,6 +193,33 @@ def test_codes_are_mixed_with_those_of_the_same_task(zoo, vqvae):
         seen.append((mixed != index[:, None, None]).double().mean((1, 2)))
     share = torch.cat(seen)
     assert 0.4 < (share == 0).double().mean() < 0.75 and share.max() > 0.3
+
+
+def test_a_prior_reads_codes_of_other_networks_of_the_layout_but_is_asked_for_its_own(zoo):
+    rows, tokenizer = zoo
+    index, seen = torch.arange(12), []
+    codes = torch.arange(len(rows))[:, None, None].expand(-1, 7, 2).clone()  # whose codes they are
+    codes[rows.layout_of == 0, 5:] = -1
+    for step in range(40):
+        read = _misread(codes, rows, index, draws(step))
+        assert torch.equal(read < 0, codes[index] < 0)
+        wrong = read != codes[index]
+        whose = rows.layout_of[read.clamp(min=0)]
+        assert (whose == rows.layout_of[index][:, None, None])[wrong].all()
+        seen.append(wrong[:, :5].double().mean((1, 2)))
+    share = torch.cat(seen)
+    assert 0.4 < (share == 0).double().mean() < 0.7 and share.max() > 0.8
+    told = []
+
+    def prior(codes, read, places, **rest):
+        told.append((read, codes, places))
+        return type("Output", (), {"loss": codes.sum() * 0.0})
+
+    for step in range(40):
+        prior_loss(prior, codes, rows, tokenizer, draws(step), size=4)
+    assert all(read.shape == own.shape and ((read < 0) == (own < 0)).all() for read, own, _ in told)
+    unplaced = [(places < 0).all().item() for *_, places in told]
+    assert 0 < sum(unplaced) < 0.4 * len(told)
 
 
 def test_dead_codes_are_revived_between_steps(zoo, vqvae):

@@ -3,7 +3,8 @@
 References: IGPG (https://huggingface.co/papers/2504.02012): codes s_i follow p(s_i | s_<i, architecture, dataset); what is longer
 than the context is written in parts, each of which sees the tail of what is there. Gumbel-max sampling: each sample draws from a
 generator of its own, so that it is the same in any batch. Ours: which token of which network is to be written next stands in the
-input of every step, so that the prior need not count, and so that layouts that it never saw can be asked for.
+input of every step, so that the prior need not count, and so that layouts that it never saw can be asked for; tokens of known layouts
+have maps of the conditions of their own, so that what a task says of a place need not be guessed from the codes in front of it.
 
 Notation used for shapes:
     - N: networks;  T: tokens of a network;  R: codes per token;  K: codes of a codebook;  L = T R codes in a row
@@ -36,6 +37,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 AT_ONCE = 1024  # tokens that are described together
 CONDITIONS = ("instruction", "dataset", "architecture")
+PLACE_STD = 0.5  # of what places say before training: as much as descriptions do
 
 
 @strict
@@ -46,6 +48,8 @@ class IGPGConfig(LlamaConfig):
         descriptor_size, embedding_size: D and E.
         max_position_embeddings: Positions of the context, with the prefix.
         tail: Codes that a part of a network sees of those in front of it, where the network is longer than the context.
+        num_places: Tokens of the bodies of all known layouts, each of which has a map of its own of the conditions, beside what all
+            tokens share, which alone writes networks that are new; place_size: what these maps read. 0 leaves them out.
         hidden_size, ...: As in Llama.
     """
 
@@ -61,6 +65,8 @@ class IGPGConfig(LlamaConfig):
     num_attention_heads: int = 4
     max_position_embeddings: int = 4096
     tail: int = 1024
+    num_places: int = 0
+    place_size: int = 32
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -87,6 +93,10 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         self.slot_mix = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H))
         self.level, self.absent = (nn.Parameter(torch.empty(n, H)) for n in (config.codes_per_token, len(CONDITIONS)))
         self.start = nn.Parameter(torch.empty(H))
+        if config.num_places:
+            self.to_place = nn.Linear(H, config.place_size)
+            self.place_in = nn.Parameter(torch.empty(config.num_places, H))
+            self.place_out = nn.Parameter(torch.empty(config.num_places, config.place_size, H))
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -94,24 +104,52 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         if module is self:
             for parameter in (self.level, self.absent, self.start):
                 init.normal_(parameter, std=self.config.initializer_range)
+            if self.config.num_places:
+                init.normal_(self.place_in, std=PLACE_STD)
+                init.normal_(self.place_out, std=self.config.place_size**-0.5)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, without settings of `generate`: [`~IGPGPrior.write`] has its own."""
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / "generation_config.json").unlink(missing_ok=True)
 
-    def slots(self, descriptors: Tensor, name_embeds: Tensor) -> Tensor:
+    def slots(
+        self, descriptors: Tensor, name_embeds: Tensor, places: Tensor | None = None, conditions: Tensor | None = None
+    ) -> Tensor:
         """
         What is to be written at each place.
 
         Args:
             descriptors (`torch.FloatTensor` of shape `(N, T, D)`), name_embeds (`torch.FloatTensor` of shape `(N, T, E)`).
+            places (`torch.LongTensor` of shape `(T,)`, *optional*): As of [`WeightVQVAE.decode`]; read with `num_places`.
+            conditions: See [`~IGPGPrior.prefix`]; read with `num_places`.
 
         Returns:
             `torch.FloatTensor` of shape `(N, L, H)`.
         """
-        of_token = self.slot_mix(self.slot_in(descriptors) + self.name_in(name_embeds))
+        of_token = self.slot_in(descriptors) + self.name_in(name_embeds)
+        if not self.config.num_places:
+            of_token = self.slot_mix(of_token)
+        else:
+            asked = self._embedded(conditions).sum(1)  # (N, H)
+            of_token = of_token + asked[:, None] + self._of_places(asked, places, descriptors.shape[1])
+            of_token = of_token + self.slot_mix(of_token)
         return (of_token[:, :, None] + self.level).flatten(1, 2)
+
+    def _of_places(self, asked: Tensor, places: Tensor | None, tokens: int) -> Tensor:
+        """`(N, T, H)`, zeros where a token has no known place."""
+        places = torch.full((tokens,), -1) if places is None else places
+        known, number = (places >= 0) & (places < self.config.num_places), places.clamp(0, self.config.num_places - 1)
+        maps = self.place_out[number]  # (T, P, H)
+        said = torch.einsum("np,tph->nth", self.to_place(asked), maps) + self.place_in[number]
+        return said * known[:, None].to(asked.device)
+
+    def _embedded(self, conditions: Tensor) -> Tensor:
+        """`(N, 3, H)`"""
+        told = conditions.norm(dim=-1, keepdim=True) > 0
+        # embeddings have unit length: without the factor their components would vanish beside those of codes
+        embedded = [layer(conditions[:, i] * conditions.shape[-1] ** 0.5) for i, layer in enumerate(self.condition_in)]
+        return torch.where(told, torch.stack(embedded, 1), self.absent)
 
     def prefix(self, conditions: Tensor, whole: Tensor) -> Tensor:
         """
@@ -123,11 +161,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         Returns:
             `torch.FloatTensor` of shape `(N, P, H)`.
         """
-        told = conditions.norm(dim=-1, keepdim=True) > 0
-        # embeddings have unit length: without the factor their components would vanish beside those of codes
-        embedded = [layer(conditions[:, i] * conditions.shape[-1] ** 0.5) for i, layer in enumerate(self.condition_in)]
-        embedded = torch.where(told, torch.stack(embedded, 1), self.absent)
-        return torch.cat([embedded, whole], 1)
+        return torch.cat([self._embedded(conditions), whole], 1)
 
     def forward(
         self,
@@ -142,6 +176,8 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         conditions: Tensor | None = None,
         descriptors: Tensor | None = None,
         name_embeds: Tensor | None = None,
+        places: Tensor | None = None,
+        read: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -155,7 +191,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
             first: The position whose input has slot 0; those in front of it are the prefix.
         """
         if codes is not None:
-            losses, _ = self.code_losses(codes, conditions, descriptors, name_embeds, start)
+            losses, _ = self.code_losses(codes, conditions, descriptors, name_embeds, start, places, read)
             return CausalLMOutputWithPast(loss=losses.mean())
         if input_ids is not None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -178,12 +214,21 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         return torch.cat([prefix, written + slots[:, : written.shape[1]]], 1)
 
     def code_losses(
-        self, codes: Tensor, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor, start: int = 0
+        self,
+        codes: Tensor,
+        conditions: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        start: int = 0,
+        places: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             codes (`torch.LongTensor` of shape `(N, T, R)`): From 0 to K - 1, -1 on padding.
-            conditions, descriptors, name_embeds: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+            conditions, descriptors, name_embeds, places: See [`~IGPGPrior.prefix`] and [`~IGPGPrior.slots`].
+            read (`torch.LongTensor` of shape `(N, T, R)`, *optional*): Codes that stand in front of each one, some of them wrong, as
+                its own are when it writes. Default: `codes`.
             start: The token from which on codes are read, as a part of a long network is, see [`~IGPGPrior.write`]: as many as the
                 context has room for.
 
@@ -191,8 +236,9 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
             Negative log-likelihoods in nats of the codes that are no padding, in one row, and of which network each is.
         """
         K, R = self.config.num_codes, self.config.codes_per_token
-        slots, known = self.slots(descriptors, name_embeds), codes[..., 0] >= 0
-        ids = (codes.clamp(min=0) + K * torch.arange(R, device=codes.device)).flatten(1)
+        slots, known = self.slots(descriptors, name_embeds, places, conditions), codes[..., 0] >= 0
+        read = codes if read is None else read
+        ids = (read.clamp(min=0) + K * torch.arange(R, device=codes.device)).flatten(1)
         prefix = self.prefix(conditions, _mean_of_known(slots, known.repeat_interleave(R, 1)))
         part = slice(start, start + self._room(prefix) // R)
         codes, known = codes[:, part], known[:, part]
@@ -204,11 +250,19 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         losses = F.cross_entropy(logits.flatten(0, 1), codes[known].flatten(), reduction="none")
         return losses, known.nonzero()[:, 0].repeat_interleave(R)
 
-    def write(self, conditions: Tensor, descriptors: Tensor, name_embeds: Tensor, *args, **kwargs) -> Tensor:
+    def write(
+        self,
+        conditions: Tensor,
+        descriptors: Tensor,
+        name_embeds: Tensor,
+        *args,
+        places: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """[`~IGPGPrior.write_described`] of networks whose descriptions, see [`~IGPGPrior.slots`], are in memory as a whole."""
 
-        def described(part: slice) -> tuple[Tensor, Tensor]:
-            return descriptors[:, part], name_embeds[:, part]
+        def described(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            return descriptors[:, part], name_embeds[:, part], None if places is None else places[part]
 
         return self.write_described(conditions, described, descriptors.shape[1], *args, **kwargs)
 
@@ -216,7 +270,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
     def write_described(
         self,
         conditions: Tensor,
-        described: Callable[[slice], tuple[Tensor, Tensor]],
+        described: Callable[[slice], tuple[Tensor, Tensor, Tensor | None]],
         tokens: int,
         generators: Sequence[torch.Generator] | None = None,
         temperature: float = 1.0,
@@ -230,7 +284,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
 
         Args:
             conditions: See [`~IGPGPrior.prefix`].
-            described: Of a part of the tokens descriptors and embeddings of names, see [`~IGPGPrior.slots`].
+            described: Of a part of the tokens descriptors, embeddings of names, and places, see [`~IGPGPrior.slots`].
             tokens: T.
             generators: One per network; without them the likeliest code is taken.
             temperature, top_k, top_p: Of sampling, as in `generate` of transformers; 0 and 1 leave all codes in.
@@ -243,7 +297,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         config = self.config
         K, R, tail = config.num_codes, config.codes_per_token, config.tail if tail is None else tail
         parts = [slice(start, min(start + AT_ONCE, tokens)) for start in range(0, tokens, AT_ONCE)]
-        whole = sum(self.slots(*described(part)).sum(1, keepdim=True) for part in parts) / (tokens * R)
+        whole = sum(self.slots(*described(part), conditions).sum(1, keepdim=True) for part in parts) / (tokens * R)
         prefix, total = self.prefix(conditions, whole), tokens * R
         room = self._room(prefix)
         ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device)
@@ -251,7 +305,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
             done = ids.shape[1]
             start = max(0, done - tail) if done else 0
             count = min(total - done, room - (done - start))
-            slots = self.slots(*described(slice(start // R, -(-(done + count) // R))))[:, start % R :]
+            slots = self.slots(*described(slice(start // R, -(-(done + count) // R))), conditions)[:, start % R :]
             processors = LogitsProcessorList([_OfLevel(K, R, done)])
             if generators is not None:
                 processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []

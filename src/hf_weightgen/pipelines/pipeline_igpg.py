@@ -108,6 +108,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                     f"`{name}` of the autoencoder is {getattr(vqvae, name)}, of the prior {getattr(prior, name)}: they are of "
                     "different generators."
                 )
+        if prior.num_places not in (0, vqvae.num_places):
+            raise ValueError(
+                f"`num_places` of the autoencoder is {vqvae.num_places}, of the prior {prior.num_places}: they are of different "
+                "generators."
+            )
         if vqvae.descriptor_size != SIZE:
             raise ValueError(f"tokens are described by {SIZE} numbers, the autoencoder reads {vqvae.descriptor_size}.")
         if self.dataset_encoder is not None and self.dataset_encoder.config.embedding_size != size:
@@ -325,11 +330,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
                 told = self._to_prior(torch.cat([asked, known]))
-                _, *described = self._described(written[number]["layout"], class_embeds)
+                pieces, *described = self._described(written[number]["layout"], class_embeds)
                 described = [self._to_prior(part) for part in described]
-                codes = self.prior.write(told[1 + row, None], *described)
+                codes = self.prior.write(told[1 + row, None], *described, places=pieces.places)
                 codes, *described = (part.expand(len(told), *part.shape[1:]) for part in (codes, *described))
-                losses, of = self.prior.code_losses(codes, told, *described)
+                losses, of = self.prior.code_losses(codes, told, *described, places=pieces.places)
                 likely = -torch.zeros(len(told), dtype=torch.float64).index_add_(0, of.cpu(), losses.double().cpu())
                 score = likely[0] - (likely[1:].logsumexp(0) - math.log(len(tasks)))
                 name = self.targets[number].get("name")
@@ -359,7 +364,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
 
     def _read(self, pieces: Pieces, class_embeds: Tensor, part: slice) -> list[Tensor]:
         """What the prior reads of some pieces."""
-        return [self._to_prior(told) for told in pieces.described(class_embeds, part)]
+        return [*map(self._to_prior, pieces.described(class_embeds, part)), pieces.places[part]]
 
     def _to_prior(self, part: Tensor) -> Tensor:
         return part.to(self.prior.device, self.prior.dtype)

@@ -328,16 +328,34 @@ def prior_loss(
         conditions[:, 2] = architecture_embeds[tasks] * told[:, None]
     total, count = torch.zeros(()), 0
     where = random.shared_integers(1000, 2, purpose=82) / 1000
+    read = _misread(codes, zoo, rows, random)
     for layout, own in by_layout(zoo, rows):
         pieces, data = of_layout(zoo, tokenizer, rows[own], layout, names[own], size)
         written = codes[rows[own], : len(pieces)]
-        described = {name: data[name] for name in ("descriptors", "name_embeds")}
+        described = {name: data[name] for name in ("descriptors", "name_embeds", "places")}
+        if not _told(random, layout):
+            described["places"] = described["places"].clamp(max=-1)
+        described["read"] = read[own, : len(pieces)]
         shortest = (written[..., 0] >= 0).sum(1).min()
         start = int(where[1] * shortest) if where[0] < PARTS else 0
         number = int((written[:, start:] >= 0).sum())
         total = total + number * prior(codes=written, conditions=conditions[own], start=start, **described).loss
         count += number
     return total / count
+
+
+def _misread(codes: Tensor, zoo: ZooTensors, rows: Tensor, random: StepRandom) -> Tensor:
+    """
+    Codes `(b, L, R)` of rows, half of which have up to all of those of another network of their layout among their own: what a prior
+    writes has errors, and one that never read any guesses the task from the codes in front, and goes astray with them.
+    """
+    own, others = codes[rows], []
+    for layout, u in zip(zoo.layout_of[rows], random.uniform(purpose=83), strict=True):
+        alike = (zoo.layout_of == layout).nonzero().flatten()
+        others.append(alike[int(u * len(alike))])
+    other, share = codes[torch.stack(others)], (2 * random.uniform(purpose=84) - 1).clamp(min=0)
+    taken = (random.uniform(codes.shape[1], purpose=85) < share[:, None]) & (other[..., 0] >= 0)
+    return torch.where(taken[..., None], other, own)
 
 
 def _one_dataset(shown: ZooTensors, tasks: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
