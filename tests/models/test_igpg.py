@@ -130,28 +130,23 @@ def test_parts_are_read_from_their_start_on_as_far_as_the_context_goes(prior):
     )
 
 
-def test_places_tell_tokens_apart_that_are_described_alike(placed):
+def test_known_places_have_maps_of_what_is_asked_for(placed):
     data = asked(2, 40)
-    alike = data | {"descriptors": data["descriptors"][:, :1].expand(-1, 40, -1)}
+    described = {name: data[name][:, :1].expand(-1, 40, -1) for name in ("descriptors", "name_embeds")}  # all alike
     for places in (torch.arange(40) - 3, torch.arange(40)[:4].repeat(10)):
-        slots = placed.slots(alike["descriptors"], alike["name_embeds"], places, data["conditions"])
-        known = (places >= 0) & (places < TOKENS)
-        unplaced = placed.slots(alike["descriptors"], alike["name_embeds"], None, data["conditions"])
-        of_token = (slots - unplaced).unflatten(1, (40, 2)).abs().sum((0, 2, 3))
-        assert torch.equal(of_token > 0, known)
-        cached = placed.write(**data, places=places, generators=generators(2))  # longer than the context
-        assert torch.equal(cached, placed.write(**data, places=places, generators=generators(2), use_cache=False))
-    with_maps = placed.slots(**slots_of(data, TOKENS), places=torch.arange(TOKENS))
-    flipped = placed.slots(**slots_of(data, TOKENS, flip=True), places=torch.arange(TOKENS))
-    placed.place_out.data.zero_()
-    without = [placed.slots(**slots_of(data, TOKENS, flip=f), places=torch.arange(TOKENS)) for f in (False, True)]
-    moved = [(a - b).unflatten(1, (TOKENS, 2))[:, :, 0] for a, b in zip((with_maps, flipped), without, strict=True)]
-    assert not torch.allclose(*moved, atol=1e-4)  # what a place says depends on what is asked for
+        with_places, without = (
+            placed.slots(**described, places=told, conditions=data["conditions"]) for told in (places, None)
+        )
+        of_token = (with_places - without).unflatten(1, (40, 2)).abs().sum((0, 2, 3))
+        assert torch.equal(of_token > 0, (places >= 0) & (places < TOKENS))
+    first, second = placed._of_places(torch.eye(2, SETTINGS["hidden_size"]), torch.arange(TOKENS), TOKENS)
+    assert not torch.isclose(first, second).all(-1).any()
 
 
-def slots_of(data: dict, tokens: int, flip: bool = False) -> dict[str, torch.Tensor]:
-    cut = {name: data[name][:, :tokens] for name in ("descriptors", "name_embeds")}
-    return cut | {"conditions": data["conditions"].flip(0) if flip else data["conditions"]}
+def test_with_places_the_cache_changes_nothing_beyond_the_context(placed):
+    data = asked(2, 40) | {"places": torch.arange(40) - 3}
+    cached = placed.write(**data, generators=generators(2))
+    assert torch.equal(cached, placed.write(**data, generators=generators(2), use_cache=False))
 
 
 def test_with_places_it_learns_what_is_asked_for_from_wrong_codes_too(placed):
