@@ -109,14 +109,17 @@ def test_rows_are_the_networks_that_they_were(parts):
     assert [whole.train.tasks[int(whole.train.task_of[run[0]])] for run in whole.runs] == whole.train.tasks[:4]
 
 
-def test_sources_are_drawn_equally_often_and_their_tasks_as_without_others(parts):
+def test_sources_are_drawn_by_the_root_of_their_rows_and_their_tasks_as_without_others(parts):
     images, texts = parts
-    zoo = joined([images, source_of("heads", 3), texts]).train
+    heads = source_of("heads", 3)
+    zoo = joined([images, heads, texts]).train
     drawn = torch.cat([zoo.task_of[zoo.draw_rows(StepRandom(0, step, 64, slice(None)))] for step in range(200)])
     shares = drawn.bincount(minlength=len(zoo.tasks)) / len(drawn)
     torch.testing.assert_close(shares.double(), zoo.odds, atol=0.015, rtol=0)
+    roots = [len(own.train) ** 0.5 for own in (images, heads, texts)]
     for own, first in ((images, 0), (texts, 4)):
-        torch.testing.assert_close(3 * zoo.odds[first : first + len(own.train.tasks)], own.train.odds)
+        share = zoo.odds[first : first + len(own.train.tasks)]
+        torch.testing.assert_close(share, own.train.odds * len(own.train) ** 0.5 / sum(roots))
     assert texts.train.odds[1] > texts.train.odds[0] == texts.train.odds[2]
 
 

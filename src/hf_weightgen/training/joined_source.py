@@ -21,8 +21,9 @@ from .sources import Source, in_architecture
 
 def joined(sources: Sequence[Source], first: Sequence[int] | None = None) -> Source:
     """
-    Sources with tokens of one size as one; each has an equal share of what is drawn, however many tasks it has. Where one of them
-    asks decoded networks, the others' rows pass by; weight-space error counts in each layout as its source has it.
+    Sources with tokens of one size as one; what is drawn of each goes with the square root of its rows, as a zoo of independent
+    networks has more to learn than a few runs of many tasks. Where one of them asks decoded networks, the others' rows pass by;
+    weight-space error counts in each layout as its source has it.
 
     Args:
         sources: Those with examples of datasets first; the last one alone may have a shared start.
@@ -146,6 +147,7 @@ def _parts(sources: Sequence[Source]) -> list[_Part]:
 
 def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
     first, pairs = parts[0], list(zip(zoos, parts, strict=True))
+    shares = torch.tensor([len(zoo) for zoo in zoos]).double().sqrt()
 
     def padded(tensor: Tensor, axis_from_last: int) -> Tensor:
         missing = first.all_classes - tensor.shape[-1 - axis_from_last]
@@ -164,7 +166,7 @@ def _rows(zoos: Sequence[ZooTensors], parts: Sequence[_Part]) -> ZooTensors:
         torch.cat([part.layout + zoo.layout_of for zoo, part in pairs]),
         None if last.start is None else part.rows.start + last.start,
         torch.cat([part.task + _datasets(zoo) for zoo, part in pairs]),
-        odds=torch.cat([zoo.odds for zoo in zoos]) / len(zoos),
+        odds=torch.cat([share * zoo.odds for share, zoo in zip(shares / shares.sum(), zoos, strict=True)]),
     )
 
 
