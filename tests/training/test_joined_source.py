@@ -8,7 +8,15 @@ from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, Dataset
 from hf_weightgen.models.modeling_weight_vqvae import LEAST_SPREAD, WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.targets.functional import BIAS, WEIGHT
 from hf_weightgen.training.batches import FEW_CLASSES, StepRandom, ZooTensors
-from hf_weightgen.training.igpg import fit_names, fit_places, prior_loss, shown_datasets, wide_heads
+from hf_weightgen.training.igpg import (
+    OF_SPREAD,
+    DecoderLoss,
+    fit_names,
+    fit_places,
+    prior_loss,
+    shown_datasets,
+    wide_heads,
+)
 from hf_weightgen.training.joined_source import joined
 from hf_weightgen.training.sources import Source, known_tasks
 from hf_weightgen.weights.pieces import Pieces, num_places
@@ -165,6 +173,9 @@ def test_places_and_names_of_networks_with_a_shared_start_are_fitted_and_others_
             total += (mean - mean.mean(0) - made).square().sum().item()
         return total
 
+    codes = torch.zeros(len(zoo), 200, 2, dtype=torch.long)
+    loss = DecoderLoss(vqvae, zoo, whole.tokenizer, codes, whole.task_loss, [0.5, 0.5, 0.7, 0.7, 0.7])
+    assert loss.reconstruction_weight == pytest.approx([0.5, 0.5, *[0.7 * OF_SPREAD] * 3])
     before = [left(vqvae, wording) for wording in range(2)]
     fit_names(vqvae, zoo, whole.tokenizer)
     assert all(left(vqvae, wording) < 0.5 * before[wording] for wording in range(2))

@@ -31,6 +31,7 @@ NAMES_RIDGE = 1.0  # beside squares of embeddings of length 1
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
 LARGEST = 96  # scalars that the codes of one place stand for
 PLACELESS = 0.15  # share of the autoencoder's calls that are not told which known tokens these are
+OF_SPREAD = 0.1  # of errors in units of the spread at each place, which are many times those in units of weights
 MIXED = 0.6  # share of codes that may be those of another row
 PARTS = 0.25  # share of the prior's steps that read networks from some token on, as parts of long ones are written
 UNTOLD = 0.3  # share of a batch that is not told its architecture in words: it has the descriptions of its tokens
@@ -164,7 +165,7 @@ class DecoderLoss:
 
     Args:
         codes (`torch.LongTensor` of shape `(R, L, R)`): See [`encode_zoo`].
-        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`].
+        function_loss, reconstruction_weight: See [`~training.objectives.vae_loss`]; of networks that share a start [`OF_SPREAD`] of it.
     """
 
     def __init__(
@@ -177,7 +178,13 @@ class DecoderLoss:
         reconstruction_weight: float | Sequence[float] = 1.0,
     ):
         self.zoo, self.tokenizer, self.codes, self.size = zoo, tokenizer, codes, vqvae.config.token_size
-        self.function_loss, self.reconstruction_weight = function_loss, reconstruction_weight
+        self.function_loss = function_loss
+        self.reconstruction_weight = weights_of(reconstruction_weight, torch.arange(len(zoo.tasks))).tolist()
+        if vqvae.config.place_moments:
+            start = zoo.layout_of[zoo.start]
+            for task in range(len(zoo.tasks)):
+                if zoo.layout_of[zoo.rows_of(task)[0]] == start:
+                    self.reconstruction_weight[task] *= OF_SPREAD
 
     def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
         zoo, tokenizer = self.zoo, self.tokenizer
