@@ -182,15 +182,21 @@ def test_the_decoder_learns_what_networks_do_and_codes_stay(zoo, vqvae):
     assert asked[0].shape == (12, *rows.weight_tokens.shape[1:])
 
 
-def test_codes_are_mixed_with_those_of_the_same_task(zoo, vqvae):
+def test_the_decoder_reads_codes_that_are_mixed_with_those_of_the_same_task(zoo, vqvae):
     rows, tokenizer = zoo
-    codes = torch.arange(len(rows))[:, None, None].expand(-1, 7, 2)  # whose codes they are
-    loss = DecoderLoss(vqvae, rows, tokenizer, codes, lambda *step: 0.0)
-    index, seen = torch.arange(12), []
+    model = WeightVQVAE(WeightVQVAEConfig(**vqvae.config.to_diff_dict() | {"num_codes": len(rows)}))
+    codes, seen = torch.arange(len(rows))[:, None, None].expand(-1, 7, 2), []  # whose codes they are
+
+    def decoder(**data):
+        mixed = data["codes"][:, :, 0]
+        own = mixed.mode(1).values[:, None]  # or the other one, where it has more
+        assert torch.equal(rows.task_of[mixed], rows.task_of[own].expand_as(mixed))
+        seen.append((mixed != own).double().mean(1))
+        return model(**data)
+
+    loss = DecoderLoss(model, rows, tokenizer, codes, lambda *step: 0.0)
     for step in range(40):
-        mixed = loss._mixed(index, draws(step))
-        assert torch.equal(rows.task_of[mixed], rows.task_of[index][:, None, None].expand_as(mixed))
-        seen.append((mixed != index[:, None, None]).double().mean((1, 2)))
+        loss(decoder, draws(step))
     share = torch.cat(seen)
     assert 0.4 < (share == 0).double().mean() < 0.75 and share.max() > 0.3
 

@@ -173,9 +173,6 @@ def test_places_and_names_of_networks_with_a_shared_start_are_fitted_and_others_
             total += (mean - mean.mean(0) - made).square().sum().item()
         return total
 
-    codes = torch.zeros(len(zoo), 200, 2, dtype=torch.long)
-    loss = DecoderLoss(vqvae, zoo, whole.tokenizer, codes, whole.task_loss, [0.5, 0.5, 0.7, 0.7, 0.7])
-    assert loss.reconstruction_weight == pytest.approx([0.5, 0.5, *[0.7 * OF_SPREAD] * 3])
     before = [left(vqvae, wording) for wording in range(2)]
     fit_names(vqvae, zoo, whole.tokenizer)
     assert all(left(vqvae, wording) < 0.5 * before[wording] for wording in range(2))
@@ -186,6 +183,18 @@ def test_places_and_names_of_networks_with_a_shared_start_are_fitted_and_others_
         fit_names(one, zoo, whole.tokenizer)
     torch.testing.assert_close(apart.map_of_names(layout), vqvae.name_projection.weight)
     assert not apart.map_of_names(0).any()
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_errors_in_units_of_the_spread_count_a_tenth_of_others(parts, moments):
+    whole, size = joined(parts), SIZE // 5
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "code_size": 4, "num_codes": 4}
+    settings = {"num_places": num_places(whole.tokenizer, size), "place_moments": moments}
+    vqvae = WeightVQVAE(WeightVQVAEConfig(token_size=size, class_parts=5, **settings, **sizes))
+    codes = torch.zeros(len(whole.train), 200, 2, dtype=torch.long)
+    loss = DecoderLoss(vqvae, whole.train, whole.tokenizer, codes, whole.task_loss, [0.5, 0.5, 0.7, 0.7, 0.7])
+    expected = 0.7 * OF_SPREAD if moments else 0.7
+    assert loss.reconstruction_weight == pytest.approx([0.5, 0.5, *[expected] * 3])
 
 
 def test_losses_are_asked_about_their_own_rows(parts):

@@ -34,6 +34,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .modeling_weight_vqvae import known_places
+
 
 AT_ONCE = 1024  # tokens that are described together
 CONDITIONS = ("instruction", "dataset", "architecture")
@@ -139,7 +141,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
     def _of_places(self, asked: Tensor, places: Tensor | None, tokens: int) -> Tensor:
         """`(N, T, H)`, zeros where a token has no known place."""
         places = torch.full((tokens,), -1) if places is None else places
-        known, number = (places >= 0) & (places < self.config.num_places), places.clamp(0, self.config.num_places - 1)
+        known, number = known_places(places, self.config.num_places)
         maps = self.place_out[number]  # (T, P, H)
         said = torch.einsum("np,tph->nth", self.to_place(asked), maps) + self.place_in[number]
         return said * known[:, None].to(asked.device)
@@ -181,8 +183,8 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
-        In training the mean negative log-likelihood of `codes`, see [`~IGPGPrior.code_losses`]; else one step of `generate`: the
-        scores of what comes last.
+        In training the mean negative log-likelihood of `codes`, see [`~IGPGPrior.code_losses`], whose arguments are those from `start`
+        on; else one step of `generate`: the scores of what comes last.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, n)`): Codes, each of which goes in with the slot of the code that follows it.

@@ -198,13 +198,9 @@ class WeightVQVAE(PreTrainedModel):
         """Mean and spread of each token, `(L, S)`; 0 and 1 where its place is not known."""
         if places is None or not self.config.place_moments:
             return None
-        real, number = self._known(places)
+        real, number = known_places(places, self.config.num_places)
         mean, std = self.place_mean[number], self.place_std[number]
         return mean * real[:, None], torch.where(real[:, None], std, 1.0)
-
-    def _known(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Which places are known ones, and their numbers, or any."""
-        return (places >= 0) & (places < self.config.num_places), places.clamp(0, self.config.num_places - 1)
 
     def encode(self, weight_tokens, descriptors, name_embeds, mask, places: Tensor | None = None) -> Tensor:
         """
@@ -297,7 +293,7 @@ class WeightVQVAE(PreTrainedModel):
         # a class's row of a head that reads text is nearly linear in its name, and wider than what else passes
         rows = F.linear(name_embeds, self.map_of_names(layout)).unflatten(-1, (config.class_parts, -1))
         if known:
-            moments, (real, places) = self._moments(places), self._known(places)
+            moments, (real, places) = self._moments(places), known_places(places, config.num_places)
             hidden = hidden + self.place_in[places] * real[:, None]
         part = (class_parts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, rows.shape[-1])
         of_names = rows.gather(2, part)[:, :, 0]  # names of other tokens are zeros
@@ -432,6 +428,11 @@ class WeightVQVAE(PreTrainedModel):
             codebook[dead] = asked[rows].to(codebook.dtype)
             moved += len(dead)
         return moved
+
+
+def known_places(places: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
+    """Which places are known ones, and their numbers; some number of them where they are not."""
+    return (places >= 0) & (places < num_places), places.clamp(0, num_places - 1)
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -102,17 +102,13 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 f"the weight tokenizer makes tokens of {self.weight_tokenizer.token_size} scalars, the autoencoder reads them in "
                 f"{vqvae.class_parts} parts of {vqvae.token_size}."
             )
-        for name in ("num_codes", "codes_per_token", "descriptor_size", "embedding_size"):
+        shared = ["num_codes", "codes_per_token", "descriptor_size", "embedding_size"]
+        for name in shared + ["num_places"] * (prior.num_places > 0):
             if getattr(vqvae, name) != getattr(prior, name):
                 raise ValueError(
                     f"`{name}` of the autoencoder is {getattr(vqvae, name)}, of the prior {getattr(prior, name)}: they are of "
                     "different generators."
                 )
-        if prior.num_places not in (0, vqvae.num_places):
-            raise ValueError(
-                f"`num_places` of the autoencoder is {vqvae.num_places}, of the prior {prior.num_places}: they are of different "
-                "generators."
-            )
         if vqvae.descriptor_size != SIZE:
             raise ValueError(f"tokens are described by {SIZE} numbers, the autoencoder reads {vqvae.descriptor_size}.")
         if self.dataset_encoder is not None and self.dataset_encoder.config.embedding_size != size:

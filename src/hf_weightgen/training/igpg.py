@@ -30,7 +30,7 @@ LEAST = 0.02  # of the mean usage; codes that come less often are dead
 NAMES_RIDGE = 1.0  # beside squares of embeddings of length 1
 KEPT = 256  # values that the encoder asks for, among which dead codes are put
 LARGEST = 96  # scalars that the codes of one place stand for
-PLACELESS = 0.15  # share of the autoencoder's calls that are not told which known tokens these are
+PLACELESS = 0.15  # share of the calls, of both stages, that are not told which known tokens these are
 OF_SPREAD = 0.1  # of errors in units of the spread at each place, which are many times those in units of weights
 MIXED = 0.6  # share of codes that may be those of another row
 PARTS = 0.25  # share of the prior's steps that read networks from some token on, as parts of long ones are written
@@ -189,7 +189,8 @@ class DecoderLoss:
     def __call__(self, model: nn.Module, random: StepRandom) -> Tensor:
         zoo, tokenizer = self.zoo, self.tokenizer
         rows = zoo.draw_rows(random)
-        tasks, codes = zoo.task_of[rows], self._mixed(rows, random)
+        tasks = zoo.task_of[rows]
+        codes = _mixed(self.codes, rows, list(map(zoo.rows_of, tasks)), MIXED, random, purpose=71)
         names, loss = zoo.names(tasks, random), torch.zeros(())
         wide, stds = (torch.zeros(len(rows), *zoo.weight_tokens.shape[1:]) for _ in range(2))
         for layout, own in by_layout(zoo, rows):
@@ -207,17 +208,6 @@ class DecoderLoss:
                 stds = stds.index_put(where, pieces.join(output.token_stds))
         noise = min(1.0, random.step / NOISE_RAMP) * random.normal(*wide.shape[1:], purpose=24)
         return loss + self.function_loss(wide + stds * noise, zoo.weight_tokens[rows], rows, random)
-
-    def _mixed(self, rows: Tensor, random: StepRandom) -> Tensor:
-        """Codes `(b, L, R)` of rows, half of which have up to a share of [`MIXED`] of another row of their task."""
-        codes, zoo = self.codes[rows], self.zoo
-        others = [
-            own[int(u * len(own))]
-            for own, u in zip(map(zoo.rows_of, zoo.task_of[rows]), random.uniform(purpose=71), strict=True)
-        ]
-        share = (2 * random.uniform(purpose=72) - 1).clamp(min=0) * MIXED
-        taken = random.uniform(codes.shape[1], purpose=73) < share[:, None]
-        return torch.where(taken[..., None], self.codes[torch.stack(others)], codes)
 
 
 def _told(random: StepRandom, layout: int) -> bool:
@@ -353,16 +343,30 @@ def prior_loss(
 
 def _misread(codes: Tensor, zoo: ZooTensors, rows: Tensor, random: StepRandom) -> Tensor:
     """
-    Codes `(b, L, R)` of rows, half of which have up to all of those of another network of their layout among their own: what a prior
-    writes has errors, and one that never read any guesses the task from the codes in front, and goes astray with them.
+    Codes `(b, L, R)` of rows, some with codes of another network of their layout: what a prior writes has errors, and one that never
+    read any guesses the task from the codes in front, and goes astray with them.
     """
-    own, others = codes[rows], []
-    for layout, u in zip(zoo.layout_of[rows], random.uniform(purpose=83), strict=True):
-        alike = (zoo.layout_of == layout).nonzero().flatten()
-        others.append(alike[int(u * len(alike))])
-    other, share = codes[torch.stack(others)], (2 * random.uniform(purpose=84) - 1).clamp(min=0)
-    taken = (random.uniform(codes.shape[1], purpose=85) < share[:, None]) & (other[..., 0] >= 0)
-    return torch.where(taken[..., None], other, own)
+    layouts = zoo.layout_of[rows]
+    alike = {layout: (zoo.layout_of == layout).nonzero().flatten() for layout in layouts.unique().tolist()}
+    return _mixed(codes, rows, [alike[layout] for layout in layouts.tolist()], 1.0, random, purpose=83)
+
+
+def _mixed(
+    codes: Tensor, rows: Tensor, alike: Sequence[Tensor], most: float, random: StepRandom, purpose: int
+) -> Tensor:
+    """
+    Codes `(b, L, R)` of rows, half of which have up to a share `most` of those of another row among their own.
+
+    Args:
+        codes: Of all rows.
+        alike: Of each of `rows` those from which the other one is drawn.
+        purpose: The first of three, see [`StepRandom`].
+    """
+    others = [own[int(u * len(own))] for own, u in zip(alike, random.uniform(purpose=purpose), strict=True)]
+    own, other = codes[rows], codes[torch.stack(others)]
+    share = (2 * random.uniform(purpose=purpose + 1) - 1).clamp(min=0) * most
+    taken = random.uniform(own.shape[1], purpose=purpose + 2) < share[:, None]
+    return torch.where((taken & (other[..., 0] >= 0))[..., None], other, own)
 
 
 def _one_dataset(shown: ZooTensors, tasks: Tensor, random: StepRandom) -> tuple[Tensor, Tensor]:
