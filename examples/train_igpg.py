@@ -182,6 +182,7 @@ def main():
         folder,
         "generator",
         base_model=next((target["base_model"] for target in targets if "base_model" in target), None),
+        mixed=any(target["kind"] != "adapter" for target in targets),
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         method="IGPG",

@@ -199,7 +199,27 @@ def test_texts_need_a_generator_of_text_classifiers(encoder, run, tmp_path):
     code, _, err = run("generate", PROMPT, "--generator", generator, "--try", "a film", "--out", tmp_path / "out")
     assert code == 1 and "--try needs a generator of text classifiers" in err and not (tmp_path / "out").exists()
     code, _, err = run("evaluate", "sst2", "--generator", generator)
-    assert code == 1 and "this generator makes 'network's" in err
+    assert code == 1 and "generators of adapters alone; this one makes networks" in err
+
+
+def test_texts_need_an_architecture_that_reads_them(encoder, run, tmp_path):
+    pipe, generator = igpg_pipeline(encoder), tmp_path / "generator"
+    task, targets = pipe.config.tasks[0], [{**pipe.targets[0], "name": "lora"}, *pipe.targets[1:]]
+    pipe.register_to_config(targets=targets, tasks=[{**task, "targets": [1, 0]}])
+    pipe.save_pretrained(generator)
+    arguments = [
+        "generate",
+        "sentiment on SST-2",
+        "--labels",
+        "bad,so,good",
+        "--generator",
+        generator,
+        "--try",
+        "a film",
+    ]
+    code, _, err = run(*arguments)
+    assert code == 1 and "this is another network for 'sst2'; ask for it with --architecture lora" in err
+    assert run(*arguments, "--architecture", "lora")[0] == 0
 
 
 def test_an_architecture_is_asked_for_by_name(encoder, run, tmp_path):

@@ -71,6 +71,7 @@ def generate(
     import torch
 
     from .pipelines.pipeline_utils import WeightGenPipeline
+    from .targets.mixed import target_numbers
 
     _quiet()
     told = ["generate", prompt, *(["--labels", labels] if labels is not None else ())]
@@ -99,7 +100,11 @@ def generate(
         **{name: value for name, value in settings.items() if value is not None},
     )
     if texts and output.targets[0]["kind"] != "adapter":
-        raise ValueError(f"--try needs a text classifier; {output.tasks[0]!r} has none in this architecture.")
+        task = next(task for task in pipe.config.tasks if task["name"] == output.tasks[0])
+        own = [pipe.targets[number] for number in target_numbers(task)]
+        others = [target["name"] for target in own if target["kind"] == "adapter"]
+        remedy = f"; ask for it with --architecture {others[0]}" if others else ""
+        raise ValueError(f"--try needs a LoRA adapter; this is another network for {task['name']!r}{remedy}.")
     output.command = f"hf-weightgen {' '.join(map(shlex.quote, told))} --out DIR"
     folders = output.save_pretrained(out) if out is not None else []
     results = []

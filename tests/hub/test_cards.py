@@ -123,6 +123,19 @@ def test_a_card_by_hand_is_kept_and_a_default_one_is_not(tmp_path):
         assert needs_card(tmp_path) is needed, text
 
 
+@pytest.mark.parametrize(
+    ("base", "mixed", "told", "model"),
+    [
+        ("acme/base", False, "LoRA adapters for `acme/base`.", "a PEFT model,"),
+        ("acme/base", True, "LoRA adapters for `acme/base` and small networks.", "a PEFT model or a network,"),
+        (None, True, ": small networks.", "  # a network,"),
+    ],
+)
+def test_a_generator_says_what_it_makes(tmp_path, base, mixed, told, model):
+    path = write_card(tmp_path, "generator", base_model=base, mixed=mixed, prompt="p", generator="acme/gen")
+    assert told in path.read_text() and model in path.read_text()
+
+
 @pytest.mark.parametrize(("examples", "encoder"), [("texts", "encoder"), ("images", "image_encoder")])
 def test_a_generator_that_reads_datasets_alone_says_how(tmp_path, examples, encoder):
     card = write_card(tmp_path, "generator", examples=examples, generator="acme/gen").read_text()

@@ -3,7 +3,7 @@
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from hf_weightgen.pipelines.examples import MOST_EXAMPLES, examples_of
 from pictures import images
@@ -52,6 +52,7 @@ def test_texts_and_pixels_are_examples_and_no_more_than_needed_are_read():
         ({"a": [PIL.Image.new("I;16", (2, 2))], "b": images(1, 0)}, "mode 'I;16' has no bytes"),
         ({"a": [PIL.Image.new("F", (2, 2))], "b": images(1, 0)}, "mode 'F' has no bytes"),
         (["a", "b"], "pairs \\(example, label\\), got 'a'"),
+        (DatasetDict(test=Dataset.from_dict({"text": ["a"]})), "has the splits \\['test'\\]; give one of them"),
         (Dataset.from_dict({"text": ["a"], "label": [0]}), "one column of class labels and one of images or texts"),
     ],
 )

@@ -17,9 +17,11 @@ from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
-from hf_weightgen.targets.mixed import in_words
+from hf_weightgen.targets.mixed import in_words, target_of
+from hf_weightgen.weights.layout import Layout
 from hf_weightgen.weights.pieces import Pieces
 from hf_weightgen.weights.resize import resized
+from hf_weightgen.weights.unseen import with_layout
 from tiny import SIZES, adapter, igpg_pipeline, random
 
 
@@ -255,6 +257,7 @@ def test_parts_of_different_generators_are_refused(pipe, tmp_path):
         ({"temperature": -1}, "`temperature` must be a number from 0 to 100, got -1"),
         ({"top_k": 1.5}, "`top_k` must be a whole number of at least 0, got 1.5"),
         ({"top_p": 0}, "`top_p` must be a number above 0 and up to 1, got 0"),
+        ({"top_p": True}, "`top_p` must be a number above 0 and up to 1, got True"),
         ({"output_type": "latent"}, "`output_type` must be 'weights' or 'codes', got 'latent'"),
         ({"architecture": "resnet20"}, "must be one of \\['small', 'large'\\], got 'resnet20'"),
         ({"save_directory": "nowhere"}, "`output_type` must be 'codes'"),
@@ -273,6 +276,7 @@ def test_faults_name_what_came(pipe, settings, message):
         ("prior/config.json", {"rms_norm_eps": math.nan}, "'rms_norm_eps' is nan, expected a finite number"),
         ("prior/config.json", {"is_encoder_decoder": True}, "'is_encoder_decoder' is True, which no IGPGPrior is"),
         ("prior/config.json", {"output_attentions": True}, "'output_attentions' is True"),
+        ("prior/config.json", {"eos_token_id": 0}, "`eos_token_id` must be absent"),
         ("vqvae/config.json", {"window": 0}, "`window` must be at least 1, got 0"),
     ],
 )
@@ -282,6 +286,29 @@ def test_settings_that_would_break_calls_are_refused_before_anything_is_built(pi
     (tmp_path / file).write_text(json.dumps(config | change))
     with pytest.raises(UntrustedFileError, match=message):
         WeightGenPipeline.from_pretrained(tmp_path)
+
+
+def test_the_cache_is_a_setting_of_calls_alone(pipe, encoder, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "prior" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_cache": False}))
+    again = WeightGenPipeline.from_pretrained(tmp_path)
+    again._encoder = encoder
+    asked = {"prompt": "which digit is it", "output_type": "codes", "num_samples": 3}
+    assert torch.equal(again(**asked, generator=random(0)).latents, pipe(**asked, generator=random(0)).latents)
+
+
+def test_a_variant_is_saved_beside_the_plain_form(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    for part in ("prior", "vqvae"):
+        dtypes = [
+            {t.dtype for t in load_file(file).values() if t.is_floating_point()}
+            for file in sorted((tmp_path / part).glob("*.safetensors"))
+        ]
+        assert dtypes == [{torch.float16}, {torch.float32}]
+    with pytest.raises(ValueError, match="`max_shard_size` is not supported"):
+        pipe.save_pretrained(tmp_path, max_shard_size="1MB")
 
 
 def test_a_layout_without_tensors_is_refused(pipe, tmp_path):
@@ -461,8 +488,13 @@ def test_known_architectures_by_their_config_are_the_known_ones(pipe):
     "architecture, error, message",
     [
         (TargetConfig(input_shape=[8], layers=mlp(3)), ValueError, "No task of this generator has networks that read"),
-        (nn.ReLU(), ValueError, "module with parameters"),
-        (nn.Linear(9, 3), ValueError, "No task of this generator has networks that read"),
+        (nn.ReLU(), ValueError, "at least 2 parameters, .* got 0 of them"),
+        (nn.Linear(7, 3, bias=False), ValueError, "at least 2 parameters, .* got 1 of them"),
+        (nn.Conv3d(7, 3, 1), ValueError, r"'weight' is torch.float32 of shape \(3, 7, 1, 1, 1\)"),
+        (nn.Linear(9, 3), ValueError, r"No task .* whose first weight takes 9 inputs; theirs read \(7,\)"),
+        (nn.ParameterList([torch.zeros(()), torch.zeros(())]), ValueError, "whose first weight takes 0 inputs"),
+        (nn.Sequential(nn.Embedding(9, 7), nn.Linear(7, 3)), ValueError, "No task of this generator has networks"),
+        (nn.Sequential(nn.Conv2d(7, 3, 1), nn.Linear(7, 3)), ValueError, "no network that this generator knows has"),
         (nn.Sequential(nn.Linear(7, 3), nn.Conv1d(3, 3, 2)), ValueError, "no network that this generator knows has"),
         (7, ValueError, "`architecture` of the task"),
     ],
@@ -470,6 +502,75 @@ def test_known_architectures_by_their_config_are_the_known_ones(pipe):
 def test_architectures_that_do_not_fit(pipe, architecture, error, message):
     with pytest.raises(error, match=message):
         pipe("which digit is it", architecture=architecture)
+
+
+def test_a_module_that_a_task_cannot_have_is_told_with_what_it_reads(pipe):
+    with pytest.raises(
+        ValueError, match=r"'sst2' must be none.*got 'given', which other tasks have \(network: linear 9\)"
+    ):
+        pipe("sentiment on SST-2", architecture=Own(9))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(9, 3)),
+        nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Flatten(), nn.Linear(6, 3)),
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(49, 4)), nn.Linear(4, 3)),
+    ],
+)
+def test_the_first_layer_of_a_module_tells_what_it_reads(module):
+    *_, reads = target_of(module, 77)
+    fitting = [shape for shape in ([1, 7, 7], [3, 7, 7], [7], [1]) if reads(shape)]
+    first = next(iter(module))
+    assert fitting == [[getattr(first, "in_channels", 1), 7, 7]]
+
+
+def test_a_known_network_has_its_own_activation(pipe):
+    known = pipe.targets[1]["config"]
+    alike, other = (TargetConfig(**known | {"activation": name}, num_classes=3) for name in ("tanh", "relu"))
+    assert pipe.with_architecture(alike, "new").targets[-1]["layout"] == pipe.targets[1]["layout"]
+    with pytest.raises(ValueError, match="knows has the activation 'tanh', .* than with 'relu'"):
+        pipe("which digit is it", architecture=other)
+
+
+def test_a_whole_network_is_another_one_than_its_part(pipe):
+    config = TargetConfig(input_shape=[7], layers=mlp(4), num_classes=3)
+    state = {name: t for name, t in TargetModel(config).state_dict().items() if name.startswith("hidden")}
+    tokenizer, number = with_layout(pipe.weight_tokenizer, Layout.of(state, ()))
+    targets = [*pipe.targets]
+    targets[1] = {**targets[1], "layout": number}
+    parts = {**pipe.components, "weight_tokenizer": tokenizer}
+    told = {"target": targets[0], "targets": targets, "tasks": pipe.config.tasks, "encoder": pipe.config.encoder}
+    partial = IGPGPipeline(**parts, **told)
+    partial._encoder = pipe.encoder
+    made = partial("which digit is it", architecture=config, generator=random(0))
+    assert made.to_model(0)(torch.randn(2, 7)).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="a part of a network, without 'head.weight'"):
+        partial("which digit is it", architecture="small").to_model(0)
+
+
+def test_embeddings_of_prompts_have_unit_length(pipe):
+    embeds = pipe.encoder.embed(["sentiment on SST-2"])
+    assert pipe(prompt_embeds=embeds.half()).tasks == ["sst2"]
+    with pytest.raises(ValueError, match="must hold rows of length 1, .* got 50"):
+        pipe(prompt_embeds=embeds * 50)
+
+
+def test_what_an_unnamed_network_is_called_is_taken(pipe):
+    targets = [{key: value for key, value in target.items() if key != "name"} for target in pipe.targets[:2]]
+    tasks = [{**task, "targets": [k]} for k, task in enumerate(pipe.config.tasks)]
+    told = {"target": targets[0], "targets": targets, "tasks": tasks, "encoder": pipe.config.encoder}
+    unnamed = IGPGPipeline(**pipe.components, **told)
+    unnamed._encoder = pipe.encoder
+    with pytest.raises(ValueError, match="has an architecture 'default' already"):
+        unnamed.with_architecture(Own(9), "default")
+    assert unnamed.with_architecture(Own(9), "own").targets[1]["name"] == "default"
+
+
+def test_pairs_that_a_call_would_refuse_are_not_ranked(pipe):
+    more = pipe.with_architecture(Own(500, classes=2), "two").with_architecture(Own(500), "three")
+    assert {row["architecture"] for row in more.rank("which digit is it")} == {None, "small", "large", "three"}
 
 
 def test_targets_in_words_are_told_apart(pipe):

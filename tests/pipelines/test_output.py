@@ -18,7 +18,7 @@ from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer, resolve_base
 from hf_weightgen.targets.functional import AdapterTarget
 from hf_weightgen.zoo.recipe import lora_config
-from tiny import LORA, adapter, random
+from tiny import LORA, adapter, network_pipeline, random
 
 
 TEXTS = ["a gripping, funny film", "dull and far too long", ""]
@@ -163,6 +163,10 @@ def test_a_file_is_no_folder(output, tmp_path):
     with pytest.raises(ValueError, match="'.*file' is a file"):
         output.save_pretrained(tmp_path / "file" / "inside")
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "0001").write_text("mine")
+    with pytest.raises(ValueError, match="'.*0001' is a file"):
+        output.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0001", "file"]
 
 
 def test_samples_of_two_calls_are_not_mixed(output, pipe, tmp_path):
@@ -177,6 +181,27 @@ def test_samples_of_two_calls_are_not_mixed(output, pipe, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+def test_one_sample_is_not_left_beside_several(output, tmp_path):
+    output.select([0]).save_pretrained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="holds the sample 'adapter_model.safetensors' of an earlier call"):
+        output.save_pretrained(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_adapters_and_networks_do_not_share_a_folder(output, encoder, tmp_path):
+    network = network_pipeline(encoder)
+    network._encoder = encoder
+    made = network("which digit is it", num_samples=2, generator=random(0))
+    for first, second, kind in ((output, made, "adapter"), (made, output, "network")):
+        folder = tmp_path / kind
+        first.save_pretrained(folder)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(ValueError, match=f"is of an earlier {kind}, beside which"):
+            second.save_pretrained(folder)
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def test_an_output_tells_what_it_holds(output):
     assert repr(output) == f"WeightGenOutput(2 samples for ['sentiment on SST-2'], seeds {output.seeds})"
     for index in (2, -3):
@@ -186,8 +211,10 @@ def test_an_output_tells_what_it_holds(output):
 
 def test_latents_cannot_be_saved(pipe, tmp_path):
     latents = pipe("sentiment on SST-2", output_type="latent")
-    with pytest.raises(ValueError, match="no weights to save.*output_type='weights'"):
+    with pytest.raises(ValueError, match="no weights in this output.*output_type='weights'"):
         latents.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="no weights in this output.*output_type='weights'"):
+        latents.to_model(0)
     assert not (tmp_path / "none").exists()
 
 

@@ -75,10 +75,13 @@ def evaluate_generator(
             all rows alike.
 
     Raises:
-        ValueError: If the generator makes no adapters.
+        ValueError: If the generator makes anything but adapters.
     """
-    if pipe.config.target["kind"] != "adapter":
-        raise ValueError(f"The honest table is for adapters; this generator makes {pipe.config.target['kind']!r}s.")
+    kinds = sorted({target["kind"] for target in pipe.targets})
+    if kinds != ["adapter"]:
+        raise ValueError(
+            f"The honest table is for generators of adapters alone; this one makes {' and '.join(f'{kind}s' for kind in kinds)}."
+        )
     data = (
         data or load_tasks([*(task for task in TASKS.values() if task.name != spec.name), spec], data_root)[spec.name]
     )

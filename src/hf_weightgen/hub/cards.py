@@ -45,6 +45,7 @@ def write_card(
     task: str | None = None,
     generator: str | None = None,
     method: str | None = None,
+    mixed: bool = False,
     datasets: Sequence[str] = (),
     command: str | None = None,
     notes: Sequence[str] = (),
@@ -57,7 +58,7 @@ def write_card(
         kind: `"adapter"` (a plain PEFT folder), `"network"` (a generated target network), `"generator"` (a pipeline) or
             `"zoo"` (a dataset).
         generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
-        method: Of a generator, as its paper names it.
+        method: Of a generator, as its paper names it; mixed: whether one of adapters makes networks too.
         prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`; and
             so it says of a network that it reads images.
         facts: further lines of the details; notes: paragraphs under "Limits".
@@ -88,6 +89,7 @@ def write_card(
         task=task,
         generator=generator,
         method=method,
+        mixed=mixed,
         command=command,
         notes=list(notes),
         facts=dict(facts or {}),

@@ -12,6 +12,7 @@ Notation used for shapes:
     - the k-th code of codebook r has the id r K + k
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,6 +82,10 @@ class IGPGConfig(LlamaConfig):
                 f"{self.max_position_embeddings} positions has room for new ones, got {self.tail}."
             )
         super().__post_init__(**kwargs)
+        if self.eos_token_id is not None:
+            raise ValueError(
+                f"`eos_token_id` must be absent, as networks have a length of their own, got {self.eos_token_id!r}."
+            )
 
 
 class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
@@ -110,6 +115,9 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
                 init.normal_(self.place_in, std=PLACE_STD)
                 init.normal_(self.place_out, std=self.config.place_size**-0.5)
 
+    @functools.wraps(
+        LlamaPreTrainedModel.save_pretrained
+    )  # of whose signature diffusers reads which arguments it takes
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, without settings of `generate`: [`~IGPGPrior.write`] has its own."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -323,6 +331,7 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
                     first=prefix.shape[1],
                     logits_processor=processors,
                     generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
+                    use_cache=True,
                 )
             else:
                 new = self._write_without_cache(prefix, ids[:, start:], slots, count, processors)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from PIL.Image import Image as Picture
 from torch import Tensor
 
@@ -31,6 +31,8 @@ def examples_of(dataset: object) -> tuple[list[str], list[list]]:
     Raises:
         TypeError, ValueError: If it is none of these, a class has no example, or images and texts are mixed.
     """
+    if isinstance(dataset, DatasetDict):
+        raise TypeError(f"`dataset` has the splits {list(dataset)}; give one of them, such as `dataset['train']`.")
     if isinstance(dataset, Dataset):
         by_class = _of_dataset(dataset)
     elif isinstance(dataset, Mapping):

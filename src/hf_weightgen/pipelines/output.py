@@ -29,6 +29,9 @@ from .shards import sample_folders
 
 
 CODE = "modeling_target"
+NOT_DECODED = (
+    "There are no weights in this output: they were not decoded. Call the pipeline with `output_type='weights'`."
+)
 KEPT = ("labels", "tasks", "prompts", "seeds", "targets", "predicted_accuracies")  # of an output, one entry per sample
 CONFIGS = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
@@ -83,9 +86,12 @@ class WeightGenOutput(BaseOutput):
 
         Raises:
             IndexError: If there is no such sample.
-            ValueError: If the weights are only a part of a network, as those of a zoo along one training run may be.
+            ValueError: If the weights are only a part of a network, as those of a zoo along one training run may be, or were not
+                decoded.
         """
         count = len(self.weights)
+        if not self.weights:
+            raise ValueError(NOT_DECODED)
         if not -count <= index < count:
             raise IndexError(f"There is no sample {index}: this output holds {count} of them, counted from 0.")
         weights, names, target = self.weights[index], self.labels[index], self.targets[index]
@@ -143,10 +149,15 @@ class WeightGenOutput(BaseOutput):
         if any(target["kind"] == "module" for target in self.targets):
             raise ValueError("The weights are for a module of your own: save that, as `to_model` returns it.")
         if not self.weights:
-            raise ValueError(
-                "There are no weights to save: they were not decoded. Call the pipeline with `output_type='weights'`."
-            )
+            raise ValueError(NOT_DECODED)
         folders = sample_folders(Path(save_directory), len(self.weights))
+        for target, folder in zip(self.targets, folders, strict=True):
+            for kind, (config, _) in CONFIGS.items():
+                if kind != target["kind"] and (folder / config).exists():
+                    raise ValueError(
+                        f"`save_directory`: {str(folder / config)!r} is of an earlier {kind}, beside which this {target['kind']} "
+                        "could not be told from it; give another folder, or delete it."
+                    )
         for index, folder in enumerate(folders):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".weightgen-") as temporary:

@@ -39,6 +39,7 @@ from .shards import SHARD_SIZE, sample_folders, write_shards
 PADDING = -1  # in the place of codes, where a network has fewer tokens than another
 COLD = 1e-6  # temperatures below take the likeliest codes: divided by them, logits would be infinite
 GIVEN = "given"  # name of an architecture that a caller brings
+UNNAMED = "default"  # and of one that had no name before
 CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
 
 
@@ -49,8 +50,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
     Args:
         vqvae ([`WeightVQVAE`]): Weight tokens <-> codes.
         prior ([`IGPGPrior`]): Writes codes.
-        weight_tokenizer, target, targets, tasks, encoder, dataset_encoder, image_encoder, far_below, known_above: As of
-            [`D2NWGPipeline`].
+        weight_tokenizer, target, targets, tasks, encoder, dataset_encoder, image_encoder, far_below: As of [`D2NWGPipeline`].
+        known_above: As there; told and not read, since nothing here judges whether class names fit a prompt.
         temperature: Default of a call.
     """
 
@@ -166,7 +167,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         temperature = temperature if temperature > COLD else 0
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"`top_k` must be a whole number of at least 0, got {top_k!r}.")
-        if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
+        if isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must be a number above 0 and up to 1, got {top_p!r}.")
         if output_type not in ("weights", "codes"):
             raise ValueError(f"`output_type` must be 'weights' or 'codes', got {output_type!r}.")
@@ -236,8 +237,9 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 parameters are weight and bias of a linear layer, that is the head, whose rows are classes.
             name: By which `architecture` of a call asks for it.
             resize: Where a config differs from a known one in the widths of its layers alone, or in linear layers that follow its
-                own, codes are those of the known one, whose weights then get the new sizes, see [`~weights.resize.resized`], in
-                memory as a whole. Without it, and for all other networks, codes of the new one itself are written.
+                own, and not in its activation, codes are those of the known one, whose weights then get the new sizes, see
+                [`~weights.resize.resized`], in memory as a whole. Without it, and for all other networks, codes of the new one
+                itself are written.
 
         Returns:
             [`IGPGPipeline`], which shares all networks with this one.
@@ -248,9 +250,16 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         target, layout, reads = target_of(architecture, self.weight_tokenizer.token_size)
         if not is_name(name):
             raise ValueError(f"`name` must be a short line of text, got {str(name)[:60]!r}.")
-        if name in {known.get("name") for known in self.targets}:
+        if name in {known.get("name") or UNNAMED for known in self.targets}:
             raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
         same = [known for known in self.targets if "like" not in known and same_network(known, target)]
+        same = [known for known in same if self._names(known["layout"]) == {spec.name for spec in layout.tensors}]
+        activations = {TargetConfig(**known["config"]).activation for known in same}
+        if same and (own := TargetConfig(**target["config"]).activation) not in activations:
+            raise ValueError(
+                f"The network with these layers that this generator knows has the activation {activations.pop()!r}, in which weights "
+                f"are others than with {own!r}; give it, or other layers."
+            )
         weight_tokenizer, number = self.weight_tokenizer, same[0]["layout"] if same else None
         if number is None:
             weight_tokenizer, number = with_layout(self.weight_tokenizer, layout)
@@ -259,10 +268,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         for task in self.config.tasks:
             own = target_numbers(task)
             known = [targets[k]["config"] for k in own if targets[k]["kind"] == "network"]
-            if known and reads(list(known[0]["input_shape"])):
-                scales = {key: known[0][key] for key in ("image_mean", "image_std") if known[0].get(key)}
+            like = next((config for config in known if reads(list(config["input_shape"]))), None)
+            if like is not None:
+                scales = {key: like[key] for key in ("image_mean", "image_std") if like.get(key)}
                 for k in own:  # with two of them, each needs a name
-                    targets[k] = {"name": "default", **targets[k]}
+                    targets[k] = {"name": UNNAMED, **targets[k]}
                 learned = resizable_targets(targets, own, self.weight_tokenizer) if resize and not same else []
                 more = {"like": nearest_resizable(targets, learned, target)}
                 more |= {"config": scales | target["config"]} if "config" in target else {}
@@ -270,8 +280,11 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 targets.append(target | more)
             tasks.append(task)
         if len(targets) == len(self.targets):
+            inputs = next((spec.shape[1] for spec in layout.tensors if len(spec.shape) > 1), 0)
+            known = sorted({tuple(one["config"]["input_shape"]) for one in self.targets if "config" in one})
             raise ValueError(
-                f"No task of this generator has networks that read what `architecture` does: {in_words(target)[:200]}."
+                f"No task of this generator has networks that read what `architecture` does, whose first weight takes {inputs} inputs; "
+                f"theirs read {' or '.join(map(str, known)) or 'texts alone'}."
             )
         wider = IGPGPipeline(
             **self.components | {"weight_tokenizer": weight_tokenizer},
@@ -310,7 +323,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         Returns:
             `list[dict]`, the best first: `task`, `architecture` (`None` where targets have no names) and `score`, the logarithm of
             how much likelier the codes are under the request than under a known task at random: about that of the number of
-            tasks at most, about 0 where codes do not depend on the task.
+            tasks at most, about 0 where codes do not depend on the task. Of networks longer than the prior's context their
+            first codes count.
         """
         if not isinstance(prompt, (str, type(None))):
             raise TypeError(f"`prompt` must be one text, got {type(prompt).__name__}.")
@@ -322,6 +336,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         for row, task in enumerate(tasks):
             class_embeds = self.encoder.embed(list(task["labels"]))[None]
             for number in target_numbers(task):
+                if self.targets[number].get("num_classes") not in (None, class_embeds.shape[1]):
+                    continue  # a call would refuse the pair
                 asked = conditions[number, None]
                 known = torch.zeros(len(tasks), *asked.shape[1:])
                 known[:, 0], known[:, 2] = of_tasks, asked[:, 2]
@@ -336,6 +352,10 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 name = self.targets[number].get("name")
                 ranked.append({"task": task["name"], "architecture": name, "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
+
+    def _names(self, layout: int) -> set[str]:
+        """Of the tensors of a known layout, which are all those of its network or a part."""
+        return {spec.name for spec in self.weight_tokenizer.layouts[layout].tensors}
 
     def _written(self, target: dict) -> dict:
         """The target whose codes are written for one."""

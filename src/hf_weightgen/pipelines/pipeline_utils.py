@@ -146,6 +146,8 @@ class WeightGenPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """As in diffusers; with `push_to_hub` it is published by [`~WeightGenPipeline.push_to_hub`] afterwards."""
+        if kwargs.get("max_shard_size") is not None:
+            raise ValueError("`max_shard_size` is not supported: each part of a generator is one file. Leave it out.")
         told = {name: kwargs.pop(name, None) for name in ("repo_id", "private", "token", "commit_message")}
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         if push_to_hub:
@@ -199,7 +201,7 @@ class WeightGenPipeline(DiffusionPipeline):
 
     @property
     def image_encoder(self) -> ImageEncoder:
-        """The frozen encoder of a dataset's images, loaded at first use."""
+        """The frozen encoder of a dataset's images: loaded by its id at first use, or set by the caller, see [`~targets.image_encoders.load_image_encoder`]."""
         if getattr(self, "_image_encoder", None) is None:
             named = self.config["image_encoder"]
             self._image_encoder = load_image_encoder(named["id"], named.get("revision"), sha256=named.get("sha256"))
@@ -334,9 +336,12 @@ def _complete_and_upload(folder: Path, repo_id: str, remote_code: bool, settings
     if needs_card(folder):
         index = read_index(folder)
         prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
-        base = index["target"].get("base_model")
+        targets = index.get("targets") or [index["target"]]
+        base = next((target["base_model"] for target in targets if "base_model" in target), None)
+        mixed = any(target["kind"] != "adapter" for target in targets)
         method = index["_class_name"].removesuffix("Pipeline")
-        write_card(folder, "generator", base_model=base, prompt=prompt, generator=repo_id, method=method)
+        told = {"base_model": base, "mixed": mixed, "method": method}
+        write_card(folder, "generator", prompt=prompt, generator=repo_id, **told)
     if remote_code:
         write_stubs(folder)
     readdress(folder, repo_id, revision=settings.get("revision"))

@@ -13,6 +13,9 @@ from ..targets.mixed import target_number
 from .examples import channels_of, examples_of
 
 
+UNIT = 0.02  # by which embeddings in half precision may miss a length of 1
+
+
 @dataclass
 class Request:
     """
@@ -66,6 +69,12 @@ def read_request(
             )
         if not prompt_embeds.isfinite().all():
             raise ValueError("`prompt_embeds` holds NaN or infinity; embed the prompts anew.")
+        lengths = prompt_embeds.double().norm(dim=1)
+        if (lengths - 1).abs().max() > UNIT:
+            worst = lengths[(lengths - 1).abs().argmax()].item()
+            raise ValueError(
+                f"`prompt_embeds` must hold rows of length 1, as the generator's `encoder.embed` makes them, got {worst:.3g}."
+            )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"`generator` must be one `torch.Generator`, from which every sample's own is seeded, got {type(generator).__name__}."

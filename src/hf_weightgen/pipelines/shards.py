@@ -15,6 +15,7 @@ from torch import Tensor
 SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
 NAME = "model"
 INDEX = f"{NAME}.safetensors.index.json"
+ONE = re.compile(rf"(adapter_)?{NAME}(-\d{{5}}-of-\d{{5}})?\.safetensors")  # of a sample in its folder
 OURS = re.compile(NAME + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -75,11 +76,13 @@ def sample_folders(root: Path, count: int) -> list[Path]:
     """
     if root == Path():
         raise ValueError("`save_directory` is empty or the folder that you stand in; name a folder.")
-    file = next((path for path in (root, *root.parents) if path.is_file()), None)
+    folders = [root] if count == 1 else [root / f"{i:04d}" for i in range(count)]
+    file = next((path for path in (*folders, root, *root.parents) if path.is_file()), None)
     if file is not None:
         raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
-    folders = [root] if count == 1 else [root / f"{i:04d}" for i in range(count)]
     old = sorted(path.name for path in root.glob("[0-9]" * 4) if path not in folders)
+    if count > 1:
+        old += sorted(path.name for path in root.glob("*model*.safetensors") if ONE.fullmatch(path.name))
     if old:
         raise ValueError(
             f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of this "

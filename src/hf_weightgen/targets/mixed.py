@@ -7,6 +7,7 @@ is asked for by a prompt, by a dataset or by both, and then by any architecture 
 Notation: N samples, E size of an embedding.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,9 @@ def target_number(targets: Sequence[Mapping], task: Mapping, architecture: str |
     names = [targets[number].get("name") for number in numbers]
     if not isinstance(architecture, str) or architecture not in names:
         known = f"one of {names}" if any(names) else "none: this generator does not name its networks"
-        raise ValueError(f"`architecture` of the task {task['name']!r} must be {known}, got {architecture!r}.")
+        other = next((target for target in targets if target.get("name") == architecture), None)
+        told = f"{architecture!r}" + (f", which other tasks have ({in_words(other)[:120]})" if other else "")
+        raise ValueError(f"`architecture` of the task {task['name']!r} must be {known}, got {told}.")
     return numbers[names.index(architecture)]
 
 
@@ -208,11 +211,12 @@ def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Call
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if module is not architecture:  # of ours it is known which buffers are weights too
         parameters = {name: t for name, t in module.state_dict().items() if not name.endswith(BUFFERS[2])}
-    if len(parameters) < 2 or any(
-        p.dim() > 4 or not p.is_floating_point() or not p.numel() for p in parameters.values()
-    ):
+    odd = [n for n, p in parameters.items() if p.dim() > 4 or not p.is_floating_point() or not p.numel()]
+    if len(parameters) < 2 or odd:
+        told = [f"{name!r} is {parameters[name].dtype} of shape {tuple(parameters[name].shape)}" for name in odd[:1]]
         raise ValueError(
-            "`architecture` must be a module with parameters of floats, none of them empty, of at most 4 axes."
+            "`architecture` must be a module with at least 2 parameters, of floats, none of them empty, of at most 4 axes, got "
+            f"{', '.join([f'{len(parameters)} of them', *told])}."
         )
     *_, (weight_name, weight), (bias_name, bias) = parameters.items()
     is_head, head = weight.dim() == 2 and bias.shape == weight.shape[:1], ()
@@ -221,10 +225,7 @@ def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Call
     target = {"num_classes": len(bias)} if is_head else {}
     if module is architecture:
         target |= {"kind": "module", "words": module_in_words(module)}
-        first = next((p for p in parameters.values() if p.dim() > 1), bias[None])
-
-        def reads(shape: list[int]) -> bool:
-            return (shape[0] if len(shape) == 3 and first.dim() == 4 else math.prod(shape)) == first.shape[1]
+        reads = functools.partial(_module_reads, module)
     else:
         told = {key: getattr(architecture, key) for key in SETTINGS}
         target |= {"kind": "network", "config": {key: value for key, value in told.items() if value is not None}}
@@ -236,3 +237,18 @@ def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Call
             return len(own) == len(shape) and own[0] == shape[0]
 
     return target, Layout.of(parameters, head), reads
+
+
+def _module_reads(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a module reads inputs of a shape, as far as the first of its parts that has parameters tells."""
+    first = next(part for part in module.modules() if any(True for _ in part.parameters(recurse=False)))
+    if isinstance(first, nn.Embedding):  # reads numbers of tokens
+        return False
+    if hasattr(first, "in_channels"):
+        return len(shape) == 3 == 1 + len(first.kernel_size) and first.in_channels == shape[0]
+    if hasattr(first, "in_features"):
+        return first.in_features == math.prod(shape)
+    wide = next((p for p in first.parameters() if p.dim() > 1), None)
+    return wide is not None and wide.shape[1] == (
+        shape[0] if len(shape) == 3 and wide.dim() == 4 else math.prod(shape)
+    )
