@@ -50,6 +50,7 @@ def test_texts_and_pixels_are_examples_and_no_more_than_needed_are_read():
         ([("x", torch.tensor(0)), ("y", torch.tensor(1))], "texts or whole numbers, got 'tensor\\(0\\)' of Tensor"),
         ([("x", None), ("y", "b")], "texts or whole numbers, got 'None'"),
         ({"a": [PIL.Image.new("I;16", (2, 2))], "b": images(1, 0)}, "mode 'I;16' has no bytes"),
+        ({"a": [PIL.Image.new("L", (0, 2))], "b": images(1, 0)}, "picture of 0 x 2 has no pixels"),
         ({"a": [PIL.Image.new("F", (2, 2))], "b": images(1, 0)}, "mode 'F' has no bytes"),
         (["a", "b"], "pairs \\(example, label\\), got 'a'"),
         (DatasetDict(test=Dataset.from_dict({"text": ["a"]})), "has the splits \\['test'\\]; give one of them"),

@@ -330,8 +330,9 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
                     slots=slots,
                     first=prefix.shape[1],
                     logits_processor=processors,
-                    generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
-                    use_cache=True,
+                    generation_config=GenerationConfig(
+                        max_new_tokens=count, do_sample=False, pad_token_id=0, use_cache=True
+                    ),
                 )
             else:
                 new = self._write_without_cache(prefix, ids[:, start:], slots, count, processors)

@@ -171,8 +171,10 @@ def shortcut(layer: dict, x: Tensor) -> Tensor:
 def check_picture(picture: Image.Image) -> None:
     """
     Raises:
-        ValueError: If the values of a picture are no bytes: PIL would cut them, to all white or all black.
+        ValueError: If a picture has no pixels, or values that are no bytes: PIL would cut them, to all white or all black.
     """
+    if not all(picture.size):
+        raise ValueError(f"A picture of {' x '.join(map(str, picture.size))} has no pixels.")
     if picture.mode[0] in "IF":
         raise ValueError(
             f"A picture of mode {picture.mode!r} has no bytes; scale its values from 0 to 255, as mode 'L'."
