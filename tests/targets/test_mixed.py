@@ -15,7 +15,7 @@ from hf_weightgen.targets.mixed import (
 )
 
 
-TARGETS = [{"name": "lenet"}, {"name": "cnn2"}, {"name": "lenet"}, {"name": "cnn3"}]
+TARGETS = [{"kind": "module", "words": name[:3], "name": name} for name in ("lenet", "cnn2", "lenet", "cnn3")]
 ONE, TWO = {"name": "one", "target": 1}, {"name": "two", "targets": [2, 3]}
 
 
@@ -23,8 +23,13 @@ def test_a_task_has_one_network_or_several():
     assert [target_numbers(task) for task in ({"name": "old"}, ONE, TWO)] == [[0], [1], [2, 3]]
     assert [target_number(TARGETS, task) for task in (ONE, TWO)] == [1, 2]  # the first is the default
     assert target_number(TARGETS, ONE, "cnn2") == 1 and target_number(TARGETS, TWO, "cnn3") == 3
-    with pytest.raises(ValueError, match=r"task 'two' must be one of \['lenet', 'cnn3'\], got 'cnn2'"):
-        target_number(TARGETS, TWO, "cnn2")  # which another task has
+    with pytest.raises(
+        ValueError,
+        match=r"task 'two' must be one of \['lenet', 'cnn3'\], got 'cnn2', which other tasks have \(network: cnn\)",
+    ):
+        target_number(TARGETS, TWO, "cnn2")
+    with pytest.raises(ValueError, match=r"task 'two' must be one of \['lenet', 'cnn3'\], got 'vgg'\.$"):
+        target_number(TARGETS, TWO, "vgg")
     with pytest.raises(ValueError, match="must be none"):
         target_number([{"kind": "adapter"}], {"name": "old"}, "lenet")
 
