@@ -21,7 +21,8 @@ def main():
     train_group = build_networks.train_group
 
     def told(data, seeds, *arguments):
-        print("trained", list(seeds), flush=True)
+        sys.stdout.write(f"trained {list(seeds)}\n")  # in one piece: the other process writes to the same pipe
+        sys.stdout.flush()
         return train_group(data, seeds, *arguments)
 
     build_networks.train_group = told
