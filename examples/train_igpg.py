@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hf_weightgen.hub.cards import told_options, write_card
+from hf_weightgen.hub.cards import told_options, told_targets, write_card
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
@@ -181,8 +181,7 @@ def main():
     write_card(
         folder,
         "generator",
-        base_model=next((target["base_model"] for target in targets if "base_model" in target), None),
-        mixed=any(target["kind"] != "adapter" for target in targets),
+        **told_targets(targets),
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         method="IGPG",

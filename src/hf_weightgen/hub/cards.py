@@ -102,6 +102,12 @@ def write_card(
     return path
 
 
+def told_targets(targets: Sequence[Mapping]) -> dict[str, object]:
+    """What [`write_card`] tells of a generator's targets."""
+    base = next((target["base_model"] for target in targets if "base_model" in target), None)
+    return {"base_model": base, "mixed": any(target["kind"] != "adapter" for target in targets)}
+
+
 def version() -> str:
     """Of this library."""
     try:

@@ -115,9 +115,8 @@ class IGPGPrior(LlamaPreTrainedModel, GenerationMixin):
                 init.normal_(self.place_in, std=PLACE_STD)
                 init.normal_(self.place_out, std=self.config.place_size**-0.5)
 
-    @functools.wraps(
-        LlamaPreTrainedModel.save_pretrained
-    )  # of whose signature diffusers reads which arguments it takes
+    # diffusers reads off its signature which arguments it takes
+    @functools.wraps(LlamaPreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, without settings of `generate`: [`~IGPGPrior.write`] has its own."""
         super().save_pretrained(save_directory, *args, **kwargs)

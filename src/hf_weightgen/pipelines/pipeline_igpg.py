@@ -252,8 +252,9 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             raise ValueError(f"`name` must be a short line of text, got {str(name)[:60]!r}.")
         if name in {known.get("name") or UNNAMED for known in self.targets}:
             raise ValueError(f"This generator has an architecture {name!r} already; give another `name`.")
+        names = [{spec.name for spec in one.tensors} for one in (*self.weight_tokenizer.layouts, layout)]
         same = [known for known in self.targets if "like" not in known and same_network(known, target)]
-        same = [known for known in same if self._names(known["layout"]) == {spec.name for spec in layout.tensors}]
+        same = [known for known in same if names[known["layout"]] == names[-1]]  # and no part of a network
         activations = {TargetConfig(**known["config"]).activation for known in same}
         if same and (own := TargetConfig(**target["config"]).activation) not in activations:
             raise ValueError(
@@ -268,9 +269,9 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         for task in self.config.tasks:
             own = target_numbers(task)
             known = [targets[k]["config"] for k in own if targets[k]["kind"] == "network"]
-            like = next((config for config in known if reads(list(config["input_shape"]))), None)
-            if like is not None:
-                scales = {key: like[key] for key in ("image_mean", "image_std") if like.get(key)}
+            fitting = next((config for config in known if reads(list(config["input_shape"]))), None)
+            if fitting is not None:
+                scales = {key: fitting[key] for key in ("image_mean", "image_std") if fitting.get(key)}
                 for k in own:  # with two of them, each needs a name
                     targets[k] = {"name": UNNAMED, **targets[k]}
                 learned = resizable_targets(targets, own, self.weight_tokenizer) if resize and not same else []
@@ -352,10 +353,6 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 name = self.targets[number].get("name")
                 ranked.append({"task": task["name"], "architecture": name, "score": score.item()})
         return sorted(ranked, key=lambda pair: -pair["score"])
-
-    def _names(self, layout: int) -> set[str]:
-        """Of the tensors of a known layout, which are all those of its network or a part."""
-        return {spec.name for spec in self.weight_tokenizer.layouts[layout].tensors}
 
     def _written(self, target: dict) -> dict:
         """The target whose codes are written for one."""

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from ..hub.cards import EVALUATION, needs_card, readdress, write_card
+from ..hub.cards import EVALUATION, needs_card, readdress, told_targets, write_card
 from ..hub.download import download
 from ..hub.errors import explained
 from ..hub.publish import copy_for_publication, upload
@@ -336,12 +336,9 @@ def _complete_and_upload(folder: Path, repo_id: str, remote_code: bool, settings
     if needs_card(folder):
         index = read_index(folder)
         prompt = f"{index['tasks'][0]['name']}: {', '.join(index['tasks'][0]['labels'][:4])}"
-        targets = index.get("targets") or [index["target"]]
-        base = next((target["base_model"] for target in targets if "base_model" in target), None)
-        mixed = any(target["kind"] != "adapter" for target in targets)
+        told = told_targets(index.get("targets") or [index["target"]])
         method = index["_class_name"].removesuffix("Pipeline")
-        told = {"base_model": base, "mixed": mixed, "method": method}
-        write_card(folder, "generator", prompt=prompt, generator=repo_id, **told)
+        write_card(folder, "generator", prompt=prompt, generator=repo_id, method=method, **told)
     if remote_code:
         write_stubs(folder)
     readdress(folder, repo_id, revision=settings.get("revision"))

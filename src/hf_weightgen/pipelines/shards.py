@@ -15,7 +15,6 @@ from torch import Tensor
 SHARD_SIZE = 5 * 10**9  # bytes, as in transformers
 NAME = "model"
 INDEX = f"{NAME}.safetensors.index.json"
-ONE = re.compile(rf"(adapter_)?{NAME}(-\d{{5}}-of-\d{{5}})?\.safetensors")  # of a sample in its folder
 OURS = re.compile(NAME + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -82,7 +81,9 @@ def sample_folders(root: Path, count: int) -> list[Path]:
         raise ValueError(f"`save_directory` {str(root)!r}: {str(file)!r} is a file; give a folder.")
     old = sorted(path.name for path in root.glob("[0-9]" * 4) if path not in folders)
     if count > 1:
-        old += sorted(path.name for path in root.glob("*model*.safetensors") if ONE.fullmatch(path.name))
+        old += sorted(
+            path.name for path in root.glob("*.safetensors") if OURS.fullmatch(path.name.removeprefix("adapter_"))
+        )
     if old:
         raise ValueError(
             f"`save_directory` {str(root)!r} holds the sample {old[0]!r} of an earlier call, which would be taken for one of this "

@@ -241,7 +241,7 @@ def target_of(architecture: object, token_size: int) -> tuple[dict, Layout, Call
 
 def _module_reads(module: nn.Module, shape: Sequence[int]) -> bool:
     """Whether a module reads inputs of a shape, as far as the first of its parts that has parameters tells."""
-    first = next(part for part in module.modules() if any(True for _ in part.parameters(recurse=False)))
+    first = next(part for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
     if isinstance(first, nn.Embedding):  # reads numbers of tokens
         return False
     if hasattr(first, "in_channels"):
