@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hf_weightgen.pipelines.output import WeightGenOutput
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, mlp
-from hf_weightgen.targets.base_models import MINILM, load_classifier, load_tokenizer, resolve_base
+from hf_weightgen.targets.base_models import MINILM, load_classifier, load_encoder, load_tokenizer, resolve_base
 from hf_weightgen.targets.functional import AdapterTarget
 from hf_weightgen.zoo.recipe import lora_config
 from tiny import LORA, adapter, network_pipeline, random
@@ -266,6 +266,18 @@ def test_generated_networks_are_models_too(networks, tmp_path):
             )
             assert torch.equal(again(inputs).logits, model(inputs).logits)
         assert "TargetModel" in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_head_on_sentences_reads_sentences(tmp_path):
+    config = {"input_shape": [384], "layers": []}
+    head = TargetModel(TargetConfig(**config, num_classes=2))
+    WeightGenOutput(
+        weights=[head.state_dict()], labels=[["bad", "good"]], tasks=["sst2"], prompts=["films"], seeds=[1],
+        targets=[{"kind": "network", "config": config}], latents=torch.zeros(1, 7, 2), generator_id="tiny",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    snippet = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(snippet.replace("PATH_OR_ID", str(tmp_path)), found := {})
+    assert torch.equal(found["logits"], head(load_encoder(MINILM).embed(["a text to classify"])).logits)
 
 
 def test_a_network_that_does_not_fit_its_target_is_named(networks):

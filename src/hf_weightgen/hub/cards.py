@@ -60,7 +60,7 @@ def write_card(
         generator: Where the weights come from; of a generator and a zoo, where they are loaded from.
         method: Of a generator, as its paper names it; mixed: whether one of adapters makes networks too.
         prompt: One that a generator is asked with; if it reads datasets alone, `examples` says of what: `"texts"` or `"images"`; and
-            so it says of a network that it reads images.
+            so it says of a network what it reads.
         facts: further lines of the details; notes: paragraphs under "Limits".
     """
     library = {"adapter": "peft", "network": "transformers", "generator": "hf_weightgen"}

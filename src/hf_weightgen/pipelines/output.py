@@ -168,7 +168,7 @@ class WeightGenOutput(BaseOutput):
         return folders
 
     def _write(self, index: int, folder: Path) -> None:
-        names, target = self.labels[index], self.targets[index]
+        names, target, known = self.labels[index], self.targets[index], TASKS.get(self.tasks[index])
         if target["kind"] == "network":
             self.to_model(index).save_pretrained(folder)
         else:
@@ -184,14 +184,15 @@ class WeightGenOutput(BaseOutput):
             kind=target["kind"],
             base_model=target.get("base_model"),
             labels=names,
-            examples="images" if target.get("config", {}).get("image_mean") else None,
+            # a network of a known task on texts is a head on them
+            examples="images" if target.get("config", {}).get("image_mean") else "texts" if known else None,
             prompt=self.prompts[index],
             seed=self.seeds[index],
             task=self.tasks[index],
             generator=self._generator(),
             command=self.command,
             facts={"sample": f"{index} of {len(self.weights)}, counted from 0"} if len(self.weights) > 1 else None,
-            datasets=[TASKS[self.tasks[index]].dataset_id] if self.tasks[index] in TASKS else (),
+            datasets=[known.dataset_id] if known else (),
         )
 
     def _generator(self) -> str:
