@@ -289,9 +289,7 @@ def main():
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         method="D2NWG",
-        command="accelerate launch"
-        + (f" --mixed_precision {accelerator.mixed_precision}" if accelerator.mixed_precision != "no" else "")
-        + f" examples/train_d2nwg.py {told_options(sys.argv[1:])}".rstrip(),
+        command=launched("examples/train_d2nwg.py", accelerator),
         notes=notes,
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={
@@ -303,6 +301,18 @@ def main():
     )
     print(json.dumps(report["tasks"], indent=1))
     print(f"saved {folder} after {report['seconds']:.0f} s")
+
+
+def launched(script: str, accelerator: Accelerator) -> str:
+    """The command that this run is, for its card."""
+    precision = accelerator.mixed_precision
+    told = [
+        "accelerate launch",
+        f"--mixed_precision {precision}" * (precision != "no"),
+        script,
+        told_options(sys.argv[1:]),
+    ]
+    return " ".join(filter(None, told))
 
 
 def load_source(args, encoder, bf16: bool) -> Source:

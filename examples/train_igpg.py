@@ -7,14 +7,13 @@ accelerate launch examples/train_igpg.py --zoo PATH_OR_ID PATH_OR_ID   # several
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from hf_weightgen.hub.cards import told_options, told_targets, write_card
+from hf_weightgen.hub.cards import told_targets, write_card
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_igpg import IGPGConfig, IGPGPrior
 from hf_weightgen.models.modeling_weight_vqvae import WeightVQVAE, WeightVQVAEConfig, perplexity
@@ -40,7 +39,7 @@ from hf_weightgen.training.loop import LoopConfig, train
 from hf_weightgen.training.network_source import network_source
 from hf_weightgen.training.sources import Source, text_source
 from hf_weightgen.weights.pieces import num_places
-from train_d2nwg import figures, judged, kind_of, load_source
+from train_d2nwg import figures, judged, kind_of, launched, load_source
 
 
 PRIOR_RATE = 3.0  # learning rate of the prior, in those of the autoencoder
@@ -185,7 +184,7 @@ def main():
         prompt=first.prompts[0] if first else "which digit is it",
         generator="PATH_OR_ID",
         method="IGPG",
-        command=f"accelerate launch examples/train_igpg.py {told_options(sys.argv[1:])}".rstrip(),
+        command=launched("examples/train_igpg.py", accelerator),
         notes=["The reconstruction gate was skipped: the figures below it are not to be trusted."] if skipped else [],
         datasets=sorted({get_task(task["name"]).dataset_id for task in source.known_tasks}) if args.zoo else (),
         facts={

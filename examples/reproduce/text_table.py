@@ -1,4 +1,4 @@
-"""The honest table of a text generator over all its tasks (D2NWG Table 5, here on all-MiniLM-L6-v2), and unseen tasks.
+"""The honest table of a generator of adapters over all its tasks (D2NWG Table 5, here on all-MiniLM-L6-v2), and unseen tasks.
 
     python examples/reproduce/text_table.py --zoo runs/text-zoo --out examples/reproduce/results/d2nwg_text.json
     python examples/reproduce/text_table.py --tasks one.json two.json --out unseen.json     # tasks of your own, unseen
@@ -53,7 +53,7 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     known = [task["name"] for task in pipe.config.tasks]
     specs = [load_task_spec(name) if name.endswith(".json") else get_task(name) for name in args.tasks or known]
-    names = {spec.name for spec in specs}
+    names, table = {spec.name for spec in specs}, f"{type(pipe).__name__.removesuffix('Pipeline').lower()}_text"
     seen = names <= set(known)
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     command = command_of(args)
@@ -75,10 +75,10 @@ def main():
         )
         rows += new
         print(format_table(new), flush=True)
-        write_results(args.out, "d2nwg_text", command, args.seed, rows)
+        write_results(args.out, table, command, args.seed, rows)
     print(summary(rows))
     if args.card and seen:
-        write_results(args.card / EVALUATION, "d2nwg_text", command, args.seed, rows)
+        write_results(args.card / EVALUATION, table, command, args.seed, rows)
         add_results(args.card, rows, {spec.name: spec.dataset_id for spec in specs})
     if args.card:
         add_figures(args.card, "Figures" if seen else "Unseen tasks", command, summary(rows))

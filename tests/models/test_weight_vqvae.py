@@ -62,6 +62,23 @@ def test_codes_are_the_nearest_ones_and_decode_to_the_reconstruction(vqvae):
     torch.testing.assert_close(decoded, output.weight_tokens)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_it_trains_under_bfloat16_autocast(vqvae, temperature):
+    data = batch() | {"temperature": temperature, "uniform": draws(0)}
+    exact = vqvae(**data)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vqvae(**data)
+        again = vqvae(**batch(), codes=exact.codes)
+    assert output.loss.dtype == torch.float32
+    assert (output.codes == exact.codes).double().mean() > 0.9
+    torch.testing.assert_close(
+        again.weight_tokens.float(), vqvae(**batch(), codes=exact.codes).weight_tokens, rtol=0, atol=0.05
+    )
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in vqvae.parameters() if p.grad is not None)
+    assert vqvae.codebook.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_padding_says_nothing(vqvae):
     data = batch()

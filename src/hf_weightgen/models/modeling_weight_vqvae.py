@@ -316,7 +316,8 @@ class WeightVQVAE(PreTrainedModel):
         windows, seen = -(-L // size), F.pad(mask, (0, -L % size)).view(-1, size)
         rows = F.pad(hidden, (0, 0, 0, -L % size)).view(B * windows, size, H)
         real = seen.any(1)
-        out = torch.zeros_like(rows).index_put((real,), transformer(rows[real], src_key_padding_mask=~seen[real]))
+        read = transformer(rows[real], src_key_padding_mask=~seen[real])
+        out = torch.zeros_like(rows).index_put((real,), read.to(rows.dtype))
         return out.view(B, windows * size, H)[:, :L]
 
     def forward(
@@ -364,7 +365,7 @@ class WeightVQVAE(PreTrainedModel):
             tiny = torch.finfo(uniform.dtype).tiny
             gumbel = -(-uniform[mask].clamp(min=tiny).log()).clamp(min=tiny).log()
         codes, total, asked, log_probabilities = self.quantise(values, temperature, gumbel)
-        embedded = values.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
+        embedded = total.new_zeros(*mask.shape, config.code_size).masked_scatter(mask[..., None], total)
         reconstruction, stds = self._decode(embedded, *described)
         errors = self._errors(reconstruction, weight_tokens, padding_mask, class_parts, scale)
         reconstruction_loss = errors.mean()
