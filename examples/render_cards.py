@@ -19,7 +19,7 @@ from hf_weightgen.zoo.folder import describe
 
 
 NAMESPACE = "hf-weightgen"
-GENERATORS = ("network-generator", "code-generator")  # of networks, which stand beside their cards
+GENERATORS = ("network-generator", "code-generator", "text-code-generator")  # which stand beside their cards
 PUBLISHED = Path(__file__).resolve().parents[1] / "model_cards"
 ZOO_NOTES = [
     "Adapters have r = 4 on query and value of the last two of six layers. 26 text classification tasks have six seeds\n"

@@ -8,12 +8,15 @@ import torch
 from huggingface_hub import DatasetCard, ModelCard
 
 from hf_weightgen import WeightGenPipeline
+from hf_weightgen.targets.base_models import MINILM, load_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
 ARCHITECTURES = "tiny-cnn", "mlp", "small-lenet"
-NAMES = ["code-generator", "network", "network-generator", "text-adapter", "text-generator", "text-zoo"]
+NAMES = [
+    "code-generator", "network", "network-generator", "text-adapter", "text-code-generator", "text-generator", "text-zoo",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_a_card_has_what_the_hub_reads(name):
     assert f"hf-weightgen/{name}" in card.text
     if name not in ("code-generator", "network", "network-generator"):
         assert "all-MiniLM-L6-v2" in card.data.to_yaml()
-    if name == "text-generator":
+    if name in ("text-generator", "text-code-generator"):
         results = {result.dataset_name: result for result in card.data.eval_results}
         assert len(results) == 26 and card.data.library_name == "hf_weightgen" and card.data.datasets
     if name == "network-generator":
@@ -86,3 +89,18 @@ def test_the_published_generator_of_codes_makes_networks_of_all_its_architecture
         models = [output.to_model(i) for i in range(2)]
         logits = [model(torch.rand(3, *model.config.input_shape)).logits for model in models]
         assert logits[0].shape == (3, 10) and not torch.allclose(*logits) and output.targets[0]["name"] == name
+
+
+def test_the_published_generator_of_codes_of_adapters_makes_adapters():
+    folder = CARDS / "text-code-generator"
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 10e6
+    pipe = WeightGenPipeline.from_pretrained(folder)
+    output = pipe("sentiment on SST-2", num_samples=2, generator=torch.Generator().manual_seed(0))
+    bundled = WeightGenPipeline.from_pretrained("bundled")
+    assert output.targets[0]["lora"] == bundled.config.target["lora"]
+    assert not torch.equal(*(torch.cat([t.flatten() for t in one.values()]) for one in output.weights))
+    for index in range(2):
+        tokens = load_tokenizer(MINILM)(
+            ["a gripping, funny film", "dull and far too long"], padding=True, return_tensors="pt"
+        )
+        assert output.to_model(index)(**tokens).logits.argmax(-1).tolist() == [1, 0]

@@ -1,7 +1,6 @@
 """LoRA adapters of two generators on the same test rows, beside the zoo that both learned from: codes (IGPG) against diffusion (D2NWG).
 
-    accelerate launch examples/train_igpg.py --zoo model_cards/text-zoo --output_dir runs/igpg-text
-    python examples/reproduce/two_generators.py --generator runs/igpg-text/pipeline --beside bundled --zoo model_cards/text-zoo --out two.json
+    python examples/reproduce/two_generators.py --generator model_cards/text-code-generator --beside bundled --zoo model_cards/text-zoo --out two.json
 
 Both are asked by the same prompts, in turn, and their adapters see the same sentences; `zoo` is the last checkpoint of each run, with
 the one that is held out. Seconds are those of generating alone.
@@ -17,6 +16,7 @@ from command import typed
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.evaluation.generator import Predictor, zoo_members
 from hf_weightgen.evaluation.table import write_results
+from hf_weightgen.hub.cards import add_figures, add_results
 from hf_weightgen.targets.mixed import target_numbers
 from hf_weightgen.targets.tasks import get_task
 from hf_weightgen.zoo.tasks import TEST_LIMIT, evaluation_subset, load_tasks
@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--test_rows", type=int, default=TEST_LIMIT, help="At most, of each task.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--card", type=Path, help="Folder of the first generator: its card gets the table.")
     args = parser.parse_args()
 
     pipes = [WeightGenPipeline.from_pretrained(name) for name in (args.generator, args.beside)]
@@ -60,13 +61,30 @@ def main():
         rows.append(row(spec.name, "zoo", own, predict(own, test), labels))
         print("  ".join(f"{one['method']} {one['mean']:.1f}" for one in rows[-3:]), spec.name, flush=True)
         write_results(args.out, "LoRA adapters by codes and by diffusion", typed(), args.seed, rows)
-    for method in dict.fromkeys(one["method"] for one in rows):
-        means = [one["mean"] for one in rows if one["method"] == method]
-        print(f"{method}: {sum(means) / len(means):.2f} on average of {len(means)} tasks")
-    ours, other = ([one["mean"] for one in rows if one["method"] == type(pipe).__name__] for pipe in pipes)
-    paired = torch.tensor(ours) - torch.tensor(other)
+    print(summary(rows))
+    if args.card:
+        generated = [one | {"method": "generated"} for one in rows if one["method"] == type(pipes[0]).__name__]
+        zoo = [one for one in rows if one["method"] == "zoo"]
+        add_results(args.card, [*generated, *zoo], {spec.name: spec.dataset_id for spec in specs})
+        add_figures(args.card, "Beside another generator", typed(), summary(rows))
+
+
+def summary(rows: list[dict]) -> str:
+    """A line per task, means over tasks and the paired difference of the two generators, in Markdown."""
+    methods = list(dict.fromkeys(one["method"] for one in rows))
+    scores = torch.tensor(
+        [[one["mean"] for one in rows if one["method"] == method] for method in methods]
+    )  # (3, tasks)
+    seconds = [torch.tensor([one["seconds"] for one in rows if one["method"] == method]) for method in methods[:2]]
+    lines = ["| task | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
+    for task, own in zip(dict.fromkeys(one["task"] for one in rows), scores.T.tolist(), strict=True):
+        lines.append(f"| {task} | " + " | ".join(f"{mean:.1f}" for mean in own) + " |")
+    lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in scores.mean(1)) + " |")
+    paired = scores[0] - scores[1]
     error = (paired.std() / len(paired) ** 0.5).item()
-    print(f"difference of the first two: {paired.mean():+.2f} ± {error:.2f} (standard error over tasks)")
+    costs = " and ".join(f"{one.median():.2f}" for one in seconds)
+    told = f"Difference of the first two: {paired.mean():+.2f} ± {error:.2f} (standard error over tasks); {costs} s an adapter (median)."
+    return "\n".join([*lines, "", told])
 
 
 def adapter_of(pipe, task: str) -> str | None:
