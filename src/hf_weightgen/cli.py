@@ -210,7 +210,11 @@ def rank(
     data_root: DataRoot = None,
     format_: Format = "text",
 ):
-    """Rank the tasks and architectures that a generator knows by how well they fit a description, a dataset, or both."""
+    """
+    Rank the tasks and architectures that a generator knows by how well they fit a description, a dataset, or both.
+
+    Scores are logarithms: how much likelier a task's own codes are when asked for so than when asked for any known task.
+    """
     _check_format(format_)
     if dataset is None and (config is not None or split != "train" or data_root is not None):
         raise ValueError("--config, --split and --data-root are those of a dataset; give --dataset too.")

@@ -136,6 +136,12 @@ def test_a_generator_says_what_it_makes(tmp_path, base, mixed, told, model):
     assert told in path.read_text() and model in path.read_text()
 
 
+def test_a_generator_that_does_not_judge_class_names_says_so(tmp_path):
+    for method in ("IGPG", "D2NWG"):
+        card = write_card(tmp_path, "generator", prompt="p", generator="acme/gen", method=method).read_text()
+        assert ("Class names are not compared" in card.split("## Limits")[1]) == (method == "IGPG")
+
+
 @pytest.mark.parametrize(("examples", "encoder"), [("texts", "encoder"), ("images", "image_encoder")])
 def test_a_generator_that_reads_datasets_alone_says_how(tmp_path, examples, encoder):
     card = write_card(tmp_path, "generator", examples=examples, generator="acme/gen").read_text()

@@ -144,8 +144,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
                 follow; 0 and 1 leave all in.
             output_type: `"weights"`, or `"codes"` to stop before decoding.
             return_dict: `False` returns a tuple.
-            save_directory: With `output_type="codes"`: weights are decoded to files in it, tensor by tensor, so that of the weights
-                one shard is in memory, unless they are resized; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
+            save_directory: With `output_type="codes"`: weights are decoded to safetensors files alone in it, tensor by tensor, so that
+                of the weights one shard is in memory, unless they are resized; several samples in the folders `0000`, `0001`, ... See [`~pipelines.shards.write_shards`].
             shard_size: Bytes of a file.
 
         Returns:

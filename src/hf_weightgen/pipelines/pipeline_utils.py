@@ -43,7 +43,7 @@ REFUSED = (
 
 
 class MismatchWarning(UserWarning):
-    """The prompt is far from every known task, or the class names do not fit the prompt."""
+    """The prompt is far from every known task, or, where a generator judges it as D2NWG does, the class names do not fit it."""
 
 
 class WeightGenPipeline(DiffusionPipeline):
