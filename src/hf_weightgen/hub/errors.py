@@ -112,7 +112,7 @@ def _advice(error: Exception, repo_id: str, revision: str | None, resumes: bool)
         return f"it has no revision {redacted(repr(revision))}. Give a branch, tag or commit that it has."
     if isinstance(error, LocalEntryNotFoundError):
         return (
-            f"there is no such folder, it is not in the cache, and the Hub was not asked or not reached ({_first_line(error)}). "
+            f"it is not in the cache and no folder here, and the Hub was not asked or not reached ({_first_line(error)}). "
             "Check the path, or the connection, HF_HUB_OFFLINE and `local_files_only`."
         )
     if isinstance(error, EntryNotFoundError):
