@@ -99,8 +99,7 @@ def test_the_published_generator_of_codes_of_adapters_makes_adapters():
     bundled = WeightGenPipeline.from_pretrained("bundled")
     assert output.targets[0]["lora"] == bundled.config.target["lora"]
     assert not torch.equal(*(torch.cat([t.flatten() for t in one.values()]) for one in output.weights))
+    texts = ["a gripping, funny film", "dull and far too long"]
+    tokens = load_tokenizer(MINILM)(texts, padding=True, return_tensors="pt")
     for index in range(2):
-        tokens = load_tokenizer(MINILM)(
-            ["a gripping, funny film", "dull and far too long"], padding=True, return_tensors="pt"
-        )
         assert output.to_model(index)(**tokens).logits.argmax(-1).tolist() == [1, 0]
