@@ -2,7 +2,7 @@
 
 Each work is measured several times, in turn with its anchor, and medians are told. Anchors run in a process of their own,
 with the C library's memory as it is; ours run where [`keep_memory`] was called, as zoo building and training call it. The
-loops that train networks are told a second time with kept memory.
+loops over CNNs are told a second time with kept memory.
 """
 
 import functools
@@ -216,7 +216,7 @@ def measure(generator: str, data_root: str | None, samples: int, repeats: int) -
     ):
         for name, (unit, _) in works(*settings).items():
             sides = {"ours": (kept, 0), "anchor": (plain, 1)}
-            sides |= {"anchor with kept memory": (kept, 1)} if "CNNs" in name and name.startswith("train") else {}
+            sides |= {"anchor with kept memory": (kept, 1)} if name.startswith(("train", "evaluate")) and "CNNs" in name else {}
             costs = {side: [] for side in sides}
             for _ in range(repeats + 1):  # the first warms up
                 for side, (pool, which) in sides.items():

@@ -30,6 +30,27 @@ CONFIGS = {
             {"kind": "mean_pool"},
         ],
     ),
+    "odd numbers of channels": TargetConfig(
+        input_shape=[2, 12, 12],
+        activation="sigmoid",  # that of zero is not zero
+        layers=[
+            {"kind": "conv", "name": "first", "channels": 3, "kernel": 3},
+            {"kind": "max_pool"},
+            {"kind": "conv", "name": "second", "channels": 5, "kernel": 2},
+            {"kind": "activation"},
+            {
+                "kind": "residual",
+                "channels": 7,
+                "layers": [
+                    {"kind": "conv", "name": "a", "channels": 6, "kernel": 3, "padding": 1},
+                    {"kind": "norm", "name": "norm"},
+                    {"kind": "conv", "name": "b", "channels": 7, "kernel": 3, "padding": 1},
+                ],
+            },
+            {"kind": "conv", "name": "last", "channels": 3, "kernel": 2},
+            {"kind": "mean_pool"},
+        ],
+    ),
 }
 
 

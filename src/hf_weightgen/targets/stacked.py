@@ -2,8 +2,9 @@
 
 `vmap` turns the convolutions of K small networks into a grouped convolution of images that lie channel by channel, which
 uses a tenth of a CPU. Where the channels of all networks lie side by side at each pixel, the same grouped convolution is
-five times as fast. The first convolution, of images that all networks share, is a matrix product of patches that are cut
-once; with pooling behind it, only what passes the pooling is kept, block by block in the cache.
+five times as fast, and eight times where each network has a multiple of eight of them. The first convolution, of images
+that all networks share, is a matrix product of patches that are cut once; with pooling and activation behind it, only what
+passes them is kept, block by block in the cache.
 
 Notation used for shapes:
     - K: networks; n: images; C, H, W: channels and pixels; F: features
@@ -12,7 +13,7 @@ Notation used for shapes:
       start with K = 1
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch import Tensor
 from .architectures import TargetConfig, convolution, shortcut
 
 
-CACHED = 2**17  # numbers of a block that fit a core's cache, with room for a second block
+VECTOR = 8  # numbers that a CPU computes at once, at least
+READS_PADDED = {"conv", "activation", "max_pool"}  # layers for which channels of zeros may follow a network's own
+CACHED = 2**18  # numbers of a block: what a core's cache holds of them saves more than the calls cost
 
 
 def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -60,16 +63,17 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
     act = _Tanh.apply if activation == "tanh" else getattr(F, activation)
     K, layers = len(next(iter(params.values()))), list(layers)
     if x.dim() > 3 and x.shape[1] < K:
-        if [layer["kind"] for layer in layers[:2]] == ["conv", "max_pool"]:
-            x, layers = _conv_and_pool(x, layers[0], params), layers[2:]
+        if [layer["kind"] for layer in layers[:3]] == ["conv", "max_pool", "activation"]:
+            x, layers = _conv_pool_and_act(x, layers[0], params, act), layers[3:]
         elif layers[0]["kind"] in ("norm", "residual"):
             x = x.expand(-1, K, -1, -1, -1)
+    channels = x.shape[2]
     for layer in layers:
+        if x.dim() > 3 and layer["kind"] not in READS_PADDED:
+            x = x[:, :, :channels]
         match layer["kind"]:
             case "conv":
-                weight, bias = _parameters(layer, params)
-                seen = {"stride": layer.get("stride", 1), "padding": layer.get("padding", 0), "groups": x.shape[1]}
-                x = F.conv2d(x.flatten(1, 2), weight.flatten(0, 1), bias.flatten(), **seen).unflatten(1, (K, -1))
+                x, channels = _conv(x, layer, params), params[f"{layer['name']}.weight"].shape[1]
             case "norm":
                 x = _norm(x.flatten(1, 2), layer["name"], params, running).unflatten(1, (K, -1))
             case "linear":
@@ -83,7 +87,8 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
                 x = x.mean((3, 4)).movedim(0, -1)
             case "residual":
                 x = act(_run(layer["layers"], activation, params, x, running) + shortcut(layer, x))
-    return x
+                channels = x.shape[2]
+    return x[:, :, :channels] if x.dim() > 3 else x
 
 
 def _parameters(layer: dict, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,14 +97,25 @@ def _parameters(layer: dict, params: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     return weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias
 
 
-def _conv_and_pool(x: Tensor, layer: dict, params: Mapping[str, Tensor]) -> Tensor:
-    """A convolution of images that all networks share, and its pooling: only what passes the pooling is kept."""
+def _conv(x: Tensor, layer: dict, params: Mapping[str, Tensor]) -> Tensor:
+    """
+    A convolution of K networks' own activations, followed by channels of zeros up to a multiple of [`VECTOR`] for each
+    network, with which it takes 0.6 of the time. Such channels of `x` are not read.
+    """
+    weight, bias = _parameters(layer, params)
+    unread, more = x.shape[2] - weight.shape[2], -weight.shape[1] % VECTOR
+    weight, bias = F.pad(weight, [0] * 5 + [unread, 0, more]), F.pad(bias, [0, more])
+    seen = {"stride": layer.get("stride", 1), "padding": layer.get("padding", 0), "groups": x.shape[1]}
+    return F.conv2d(x.flatten(1, 2), weight.flatten(0, 1), bias.flatten(), **seen).unflatten(1, bias.shape)
+
+
+def _conv_pool_and_act(x: Tensor, layer: dict, params: Mapping[str, Tensor], act: Callable) -> Tensor:
+    """A convolution of images that all networks share, its pooling and activation: only what passes the pooling is kept."""
     weight, bias = _parameters(layer, params)
     seen = _quarters(x[:, 0], **convolution(layer))  # 4 x (n, h, w, C k k)
-    product = _LargestProduct.apply if torch.is_grad_enabled() else _largest_product
-    rows = [quarter.flatten(0, 2) for quarter in seen]
-    pooled = product(weight.flatten(2).flatten(0, 1).T, bias.flatten(), *rows)  # (n h w, K O)
-    return pooled.unflatten(1, weight.shape[:2]).unflatten(0, seen[0].shape[:3]).permute(0, 3, 4, 1, 2)
+    own = weight.flatten(2).flatten(0, 1).T, bias.flatten(), *(quarter.flatten(0, 2) for quarter in seen)
+    out = act(_LargestProduct.apply(*own)) if torch.is_grad_enabled() else _largest_product(act, *own)  # (n h w, K O)
+    return out.unflatten(1, weight.shape[:2]).unflatten(0, seen[0].shape[:3]).permute(0, 3, 4, 1, 2)
 
 
 def _product(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -186,14 +202,14 @@ class _LargestProduct(torch.autograd.Function):
         return of_weight, grad.sum(0), None, None, None, None
 
 
-def _largest_product(weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
-    """What [`_LargestProduct`] computes, where no gradient follows."""
+def _largest_product(act: Callable, weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
+    """`act` of what [`_LargestProduct`] computes, where no gradient follows: all of it while a block is in the cache."""
     out = weight.new_empty(len(first), weight.shape[1])
     for rows in _blocks(out):
         largest = first[rows] @ weight
         for part in others:
             torch.maximum(largest, part[rows] @ weight, out=largest)
-        torch.add(largest, bias, out=out[rows])
+        out[rows] = act(largest.add_(bias))
     return out
 
 

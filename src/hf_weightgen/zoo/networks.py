@@ -150,13 +150,13 @@ def predict_networks(
     Class predictions `(K, n)` of K networks for inputs `(n, *input_shape)`, or `(K, n, *input_shape)` with inputs for each.
 
     Args:
-        chunk: Examples that are read together. Default: 64 images, 256 rows of features.
+        chunk: Examples that are read together. Default: 128 images, 256 rows of features.
         at_once, num_classes: See [`train_networks`].
     """
     own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
     images = len(config.input_shape) > 1
     predictions = []
-    for examples in (inputs if own else inputs[None]).split(chunk or (64 if images else 256), 1):
+    for examples in (inputs if own else inputs[None]).split(chunk or (128 if images else 256), 1):
         columns = []
         for part in _parts(K, at_once or (32 if images else K)):
             logits = stacked_logits(
