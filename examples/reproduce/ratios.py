@@ -216,7 +216,8 @@ def measure(generator: str, data_root: str | None, samples: int, repeats: int) -
     ):
         for name, (unit, _) in works(*settings).items():
             sides = {"ours": (kept, 0), "anchor": (plain, 1)}
-            sides |= {"anchor with kept memory": (kept, 1)} if name.startswith(("train", "evaluate")) and "CNNs" in name else {}
+            if "CNNs" in name and not name.startswith("generate"):
+                sides["anchor with kept memory"] = (kept, 1)
             costs = {side: [] for side in sides}
             for _ in range(repeats + 1):  # the first warms up
                 for side, (pool, which) in sides.items():
