@@ -38,6 +38,7 @@ def main():
 
     pipe = load(args.generator, args)
     known = read_sets(pipe, args, args.tuning, "train")
+    refuse_known([pipe], args)
     unseen = read_sets(pipe, args, args.unseen, "test")
     mean = mean_feature(known)
     names = {} if args.images else name_embeds(pipe, [*known.values(), *unseen.values()])
@@ -83,6 +84,14 @@ def load(generator: str | Path, args, names: bool = True) -> WeightGenPipeline:
     if args.images:
         pipe.image_encoder = load_image_encoder(args.image_encoder)
     return pipe
+
+
+def refuse_known(pipes, args) -> None:
+    """No set may be called unseen that a generator was trained on."""
+    known = {task["name"] for pipe in pipes for task in pipe.config.tasks}
+    seen = sorted(known & {spec_of(name, args.data_root).name for name in args.unseen})
+    if seen:
+        raise SystemExit(f"A generator was trained on {', '.join(seen)}: name other sets with `--unseen`.")
 
 
 def read_sets(pipe, args, datasets: list[str] | None, split: str) -> dict[str, FeatureSet]:

@@ -233,7 +233,7 @@ def outputs(
 def few(images: Images, names: Sequence[str], order: Iterable[int], generator: torch.Generator) -> dict[str, list]:
     """Some images of each class, under the names of classes in another order."""
     rows = [(images.labels == c).nonzero().flatten() for c in range(len(names))]
-    picked = [rows[c][torch.randint(len(rows[c]), (SHOTS,), generator=generator)] for c in order]
+    picked = [rows[c][torch.randperm(len(rows[c]), generator=generator)[:SHOTS]] for c in order]
     return {name: list(images.pixels[own]) for name, own in zip(names, picked, strict=True)}
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from command import typed
 from curves import curve_rows, curve_table, plot_curves
-from few_shot import heads, load, make_parser, name_embeds, read_sets
+from few_shot import heads, load, make_parser, name_embeds, read_sets, refuse_known
 from torch import Tensor
 
 from hf_weightgen.evaluation.few_shot import tune, with_names
@@ -63,6 +63,7 @@ def main():
 
     pipe = load(args.generator, args)
     known = {name: halves(one) for name, one in read_sets(pipe, args, args.tuning, "train").items()}
+    refuse_known([pipe], args)
     train, test = (read_sets(pipe, args, args.unseen, split) for split in ("train", "test"))
     unseen = {name: whole_task(train[name], test[name]) for name in train}
     pipes = {"generated": pipe}

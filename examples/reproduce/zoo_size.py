@@ -8,7 +8,7 @@
 With `--sets` of other lengths the runs differ in datasets. Replaced: zoos of 5,000, 10,000 and 20,000 subsets of ImageNet by as many
 as `--heads` says, on other sets; CIFAR-10 and STL-10 by classes that no training saw, in tasks of 5 classes with `--shots` examples
 each. `generated_top_3_by_queries` is near to the paper's measure, the best 5 of 50 by the test images. Ridge regression on the same
-examples, tuned on `--tuning`, says what no zoo is needed for. A plot stands beside the table.
+examples, and on the names of classes where the generator reads them, tuned on `--tuning`, says what no zoo is needed for. A plot stands beside the table.
 """
 
 import json
@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from command import typed
-from few_shot import TUNING, draw, heads, load, make_parser, mean_feature, read_sets
+from few_shot import TUNING, draw, heads, load, make_parser, mean_feature, name_embeds, read_sets, refuse_known
 from plots import pyplot
 
-from hf_weightgen.evaluation.few_shot import few_shot_rows, tune
+from hf_weightgen.evaluation.few_shot import few_shot_rows, tune, with_names
 from hf_weightgen.evaluation.table import write_results
 
 
@@ -36,12 +36,17 @@ def main():
     zoos = {run: json.loads((run / "zoo" / "zoo_config.json").read_text()) for run in args.runs}
     pipes = {run: load(run / "pipeline", args) for run in args.runs}
     pipe = pipes[args.runs[0]]
+    refuse_known(pipes.values(), args)
     known, unseen = read_sets(pipe, args, args.tuning, "train"), read_sets(pipe, args, args.unseen, "test")
-    fits = tune(draw(known, args.shots, TUNING // len(known) + 1, args.seed + 1), mean_feature(known))
-    rows = []
+    seen, mean = draw(known, args.shots, TUNING // len(known) + 1, args.seed + 1), mean_feature(known)
+    names = {} if args.images else name_embeds(pipe, [*known.values(), *unseen.values()])
+    fits, rows = tune(seen, mean), []
+    fits_named = tune([with_names(task, names) for task in seen], mean) if names else {}
     for name, one in unseen.items():
         tasks = draw({name: one}, args.shots, args.tasks, args.seed)
         fitted = {"ridge": [fits["ridge"](task) for task in tasks]}
+        if names:
+            fitted["ridge_with_names"] = [fits_named["ridge"](with_names(task, names)) for task in tasks]
         for run, pipe in pipes.items():
             own = few_shot_rows(
                 name, tasks, fitted, {"generated": partial(heads, pipe, args.seed)}, args.seed, args.draws

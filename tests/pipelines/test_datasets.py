@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.pipelines.examples import channels_of
+from hf_weightgen.pipelines.request import encode_dataset, told_apart
 from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import pack_embeddings
 from hf_weightgen.targets.image_encoders import load_image_encoder
@@ -75,6 +77,35 @@ def test_the_order_of_examples_does_not_matter_and_the_examples_do(text_pipe):
     for name, tensor in plain.items():
         torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(changed["head.weight"], plain["head.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_two_classes_of_a_known_task_are_taken_for_the_same(seed):
+    known = F.normalize(torch.randn(6, 16, generator=random(seed)), dim=-1)
+    order = torch.randperm(6, generator=random(seed))[:4]
+    seen = known[order] + 0.05 * torch.randn(4, 16, generator=random(seed + 1))
+    seen[1] = 0.6 * known[order[0]] + 0.5 * known[order[1]]  # alone it would be taken for the first
+    seen = F.normalize(seen, dim=-1)
+    assert (seen @ known.mT).argmax(1).tolist() == [order[0], order[0], *order[2:]]
+    assert torch.equal(told_apart(seen[None], known)[0], known[order])
+
+
+@torch.no_grad()
+def test_classes_are_those_of_a_known_task_where_the_dataset_is_of_one(text_pipe, encoder):
+    kept, known = text_pipe.config.known_above, encoder.embed(["a", "b"])
+    two = {"good": DATASET["good"], "bad": DATASET["bad"]}
+    try:
+        text_pipe.register_to_config(known_above=-1.0)
+        _, _, classes, _ = encode_dataset(text_pipe, two)
+        assert sorted((classes[0] @ known.mT).argmax(1).tolist()) == [0, 1]
+        torch.testing.assert_close((classes[0] @ known.mT).amax(1), torch.ones(2))
+        _, _, more, _ = encode_dataset(text_pipe, DATASET)  # three classes, and the task has two
+        assert (more[0] @ known.mT).max() < 0.9
+        text_pipe.register_to_config(known_above=1.0)
+        _, _, unknown, _ = encode_dataset(text_pipe, two)
+        assert (unknown[0] @ known.mT).max() < 0.9
+    finally:
+        text_pipe.register_to_config(known_above=kept)
 
 
 def test_a_prompt_beside_a_dataset_counts(text_pipe):

@@ -30,6 +30,24 @@ CONFIGS = {
             {"kind": "mean_pool"},
         ],
     ),
+    "norm behind pooling": TargetConfig(
+        input_shape=[2, 8, 8],
+        layers=[
+            {"kind": "max_pool"},
+            {"kind": "norm", "name": "first"},
+            {"kind": "conv", "name": "conv", "channels": 4, "kernel": 3},
+            {"kind": "max_pool"},
+        ],
+    ),
+    "norm behind a first convolution": TargetConfig(
+        input_shape=[1, 9, 9],
+        layers=[
+            {"kind": "conv", "name": "conv", "channels": 3, "kernel": 2},
+            {"kind": "max_pool"},
+            {"kind": "activation"},
+            {"kind": "norm", "name": "norm"},
+        ],
+    ),
     "odd numbers of channels": TargetConfig(
         input_shape=[2, 12, 12],
         activation="sigmoid",  # that of zero is not zero
@@ -77,12 +95,13 @@ def images(config: TargetConfig, *leading: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-def test_training_is_that_of_each_network(config, own):
+@pytest.mark.parametrize("batch", [6, 1])
+def test_training_is_that_of_each_network(config, own, batch):
     models, params, running = networks(config)
-    inputs = images(config, NETWORKS if own else 1, 6)
-    labels = torch.randint(config.num_classes, (6,), generator=random(2))
+    inputs = images(config, NETWORKS if own else 1, batch)
+    labels = torch.randint(config.num_classes, (batch,), generator=random(2))
     logits = stacked_logits(config, params, inputs, running)
-    F.cross_entropy(logits.flatten(0, 1), labels.repeat(NETWORKS), reduction="sum").div(6).backward()
+    F.cross_entropy(logits.flatten(0, 1), labels.repeat(NETWORKS), reduction="sum").div(batch).backward()
     for k, model in enumerate(models):
         output = model.train()(inputs[k if own else 0], labels)
         output.loss.backward()
@@ -91,6 +110,15 @@ def test_training_is_that_of_each_network(config, own):
             torch.testing.assert_close(params[name].grad[k], parameter.grad)
         for name, buffer in model.named_buffers():
             torch.testing.assert_close(running[name][k], buffer)
+
+
+def test_images_get_gradients_too(config):
+    models, params, running = networks(config)
+    inputs = images(config, 1, 3).requires_grad_()
+    stacked_logits(config, params | running, inputs).square().sum().backward()
+    own = inputs.detach()[0].requires_grad_()
+    sum(model.eval()(own).logits.square().sum() for model in models).backward()
+    torch.testing.assert_close(inputs.grad[0], own.grad)
 
 
 def test_evaluation_is_that_of_each_network_and_leaves_statistics_alone(config):

@@ -71,6 +71,16 @@ def test_statistics_are_those_of_the_images():
                 torch.testing.assert_close(tensor, model.state_dict()[name])
 
 
+def test_every_image_counts_alike_for_statistics():
+    config = TargetConfig(
+        input_shape=[2, 4, 4], layers=[{"kind": "norm", "name": "norm"}, {"kind": "mean_pool"}], activation="relu"
+    )
+    images = torch.randn(9, 2, 4, 4, generator=random(0), dtype=torch.float64)
+    images[8] += 100  # alone in the last batch
+    found = reestimate_norms(config, stack([network(config, 0).state_dict()]), images, batch_size=4)
+    torch.testing.assert_close(found["norm.running_mean"][0], images.mean((0, 2, 3)))
+
+
 def test_networks_without_norms_come_back_as_they_are():
     config, _ = CONFIGS["tiny-cnn"]
     params = stack([network(config, 0).state_dict()])

@@ -107,6 +107,11 @@ def test_workers_have_shares_of_their_own_whenever_they_start(spec, tmp_path):
         assert len(folder.finished()) == rows
 
 
+def test_a_zoo_has_networks_to_train_on():
+    with pytest.raises(ValueError, match="`seeds` > `held_out` >= 0, got 4 and 20"):
+        NetworkZooConfig(seeds=4)
+
+
 def test_faults_are_told_before_training(spec, tmp_path):
     build_network_zoo(
         [spec], tmp_path / "zoo", NetworkZooConfig("small", seeds=1, held_out=0, keep=1, group=1), progress=False

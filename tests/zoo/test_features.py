@@ -86,6 +86,9 @@ def test_a_zoo_of_heads_continues_and_works(tmp_path):
     shards[1].unlink()
     build_head_zoo(sets, tmp_path, config, progress=False)
     assert shards[1].read_bytes() == before
+    others = sets | {"plants": clusters("plants", seed=2, pool=30)}
+    with pytest.raises(ValueError, match="started with `contents` = "):
+        build_head_zoo(others, tmp_path, config, progress=False)
     with pytest.raises(ValueError, match="`tasks` = 12, now 13"):
         build_head_zoo(
             sets, tmp_path, HeadZooConfig(**json.loads(json.dumps(config.__dict__)) | {"tasks": 13}), progress=False

@@ -73,7 +73,7 @@ def channels_of(examples: Sequence[Sequence]) -> int | None:
     flat = [example for own in examples for example in own]
     if _kind(flat[0]) != "images":
         return None
-    grey = (len(one) == 1 if isinstance(one, Tensor) else len(one.getbands()) == 1 and one.mode != "P" for one in flat)
+    grey = (len(one) == 1 if isinstance(one, Tensor) else one.mode[0] in "1LIF" and one.mode != "LAB" for one in flat)
     return 1 if all(grey) else 3
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..targets.mixed import target_number
@@ -105,8 +106,8 @@ def read_request(
 
 def encode_dataset(pipe, dataset: object) -> tuple[list[str], Tensor, Tensor, int | None]:
     """
-    Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)`, those of its classes `(1, C, E)`, and the channels of
-    its images, if it has any.
+    Of a dataset, see [`examples_of`]: class names, its embedding `(1, E)`, those of its classes `(1, C, E)`, [`told_apart`] in a
+    dataset of a known task, and the channels of its images, if it has any.
     """
     encoder = pipe.dataset_encoder
     if encoder is None:
@@ -135,7 +136,25 @@ def encode_dataset(pipe, dataset: object) -> tuple[list[str], Tensor, Tensor, in
     )
     if not (of_dataset.isfinite().all() and of_classes.isfinite().all()):
         raise ValueError("Features of `dataset` are NaN, infinite or beyond all measure; make them anew.")
-    return names, of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
+    of_dataset, of_classes, channels = of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
+    task, cosine = pipe.nearest_tasks(of_dataset, channels)[0][0]
+    is_known = cosine >= pipe.config["known_above"] and len(names) <= len(task["labels"])
+    if is_known and not encoder.config.ridge:
+        of_classes = told_apart(of_classes, pipe.encoder.embed(list(task["labels"])))
+    return names, of_dataset, of_classes, channels
+
+
+def told_apart(class_embeds: Tensor, known: Tensor) -> Tensor:
+    """
+    Classes of a dataset of a known task, as the known classes `(K, E)` of the assignment with the highest sum of cosines. From
+    five examples each alone, two classes are now and then taken for the same one, which no two classes of a dataset are.
+
+    Args:
+        class_embeds (`torch.FloatTensor` of shape `(1, C, E)`): Unit length, C at most K.
+    """
+    known = known.to(class_embeds)
+    _, of_known = linear_sum_assignment((class_embeds[0] @ known.mT).cpu().numpy(), maximize=True)
+    return known[torch.from_numpy(of_known)][None]
 
 
 def sample_generators(

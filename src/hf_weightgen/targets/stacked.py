@@ -62,11 +62,9 @@ def stacked_logits(
 def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) -> Tensor:
     act = _Tanh.apply if activation == "tanh" else getattr(F, activation)
     K, layers = len(next(iter(params.values()))), list(layers)
-    if x.dim() > 3 and x.shape[1] < K:
-        if [layer["kind"] for layer in layers[:3]] == ["conv", "max_pool", "activation"]:
-            x, layers = _conv_pool_and_act(x, layers[0], params, act), layers[3:]
-        elif layers[0]["kind"] in ("norm", "residual"):
-            x = x.expand(-1, K, -1, -1, -1)
+    begins = [layer["kind"] for layer in layers[:3]]
+    if x.dim() > 3 and x.shape[1] < K and begins == ["conv", "max_pool", "activation"] and not x.requires_grad:
+        x, layers = _conv_pool_and_act(x, layers[0], params, act), layers[3:]
     channels = x.shape[2]
     for layer in layers:
         if x.dim() > 3 and layer["kind"] not in READS_PADDED:
@@ -75,6 +73,7 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
             case "conv":
                 x, channels = _conv(x, layer, params), params[f"{layer['name']}.weight"].shape[1]
             case "norm":
+                x = x.expand(-1, K, -1, -1, -1)
                 x = _norm(x.flatten(1, 2), layer["name"], params, running).unflatten(1, (K, -1))
             case "linear":
                 x = x.movedim(0, -1).flatten(1, 3) if x.dim() > 3 else x
@@ -86,6 +85,7 @@ def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) ->
             case "mean_pool":
                 x = x.mean((3, 4)).movedim(0, -1)
             case "residual":
+                x = x.expand(-1, K, -1, -1, -1)
                 x = act(_run(layer["layers"], activation, params, x, running) + shortcut(layer, x))
                 channels = x.shape[2]
     return x[:, :, :channels] if x.dim() > 3 else x
@@ -134,6 +134,8 @@ def _norm(x: Tensor, name: str, params: Mapping[str, Tensor], running: dict[str,
     mean, var = of[f"{name}.running_mean"].view(-1), of[f"{name}.running_var"].view(-1)  # views: torch moves them
     if running is not None:
         running[f"{name}.num_batches_tracked"] += 1
+    if len(x) == 1:  # with the strides that a single image has here, torch's gradient of the weight is another one
+        x = x.contiguous()
     return F.batch_norm(x, mean, var, weight, bias, training=running is not None)
 
 

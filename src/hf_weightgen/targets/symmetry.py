@@ -59,18 +59,15 @@ def reestimate_norms(
         inputs (`torch.FloatTensor` of shape `(n, *input_shape)`): Images as the networks read them; labels are not needed.
 
     Returns:
-        `dict[str, torch.Tensor]`: `params` with new statistics, means over batches; the same where there are none.
+        `dict[str, torch.Tensor]`: `params` with new statistics, means over batches by their sizes; the same where there are none.
     """
     total = {name: torch.zeros_like(tensor) for name, tensor in params.items() if name.endswith(BUFFERS)}
     if not total:
         return dict(params)
-    batches = inputs.split(batch_size)
-    for batch in batches:
+    for batch in inputs.split(batch_size):
         own = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
         stacked_logits(config, params, batch[None], own)
+        share = 10 * len(batch) / len(inputs)  # one step from zero moves a statistic by a tenth of what the batch has
         for name, tensor in own.items():
-            total[name] += tensor
-    means = {  # one step from zero moves a statistic by a tenth of what the batch has
-        name: tensor if name.endswith("tracked") else tensor * (10 / len(batches)) for name, tensor in total.items()
-    }
-    return dict(params) | means
+            total[name] += tensor if name.endswith("tracked") else share * tensor
+    return dict(params) | total

@@ -83,6 +83,10 @@ class NetworkZooConfig:
     epochs: int | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        if not self.seeds > self.held_out >= 0:
+            raise ValueError(f"A zoo needs `seeds` > `held_out` >= 0, got {self.seeds} and {self.held_out}.")
+
     @property
     def reads_features(self) -> bool:
         """Whether networks are heads, which read sentences as a frozen encoder sees them."""

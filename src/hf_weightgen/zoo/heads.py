@@ -8,6 +8,7 @@ Every group is a shard as soon as it is trained; the same call continues with wh
 Notation: K heads of a group, C classes, F size of a feature.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,10 +59,11 @@ def build_head_zoo(
     Trains what is missing of a zoo in `folder`.
 
     Raises:
-        ValueError: If the folder holds a zoo of another configuration, or no set has as many classes as `ways` asks for.
+        ValueError: If the folder holds a zoo of another configuration or of other features, or no set has as many classes as `ways` asks for.
     """
     folder, config = ZooFolder(folder), config or HeadZooConfig(tuple(sets))
     settings = json.loads(json.dumps(asdict(config)))  # lists in the place of tuples, as a file tells them
+    settings["contents"] = {name: _digest(sets[name]) for name in config.sets}
     check_same_config(folder.path, settings)
     write_config(folder.path, settings)
     done, starts = folder.finished(), range(0, config.tasks, config.group)
@@ -72,6 +74,11 @@ def build_head_zoo(
                 f"heads-{start:06d}", _train(sets, config, config.ways[number % len(config.ways)], start, count)
             )
     return folder
+
+
+def _digest(one: FeatureSet) -> str:
+    told = json.dumps(one.classes).encode() + one.counts.numpy().tobytes() + one.features.numpy().tobytes()
+    return hashlib.blake2b(told, digest_size=16).hexdigest()
 
 
 def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, start: int, count: int) -> list[dict]:
