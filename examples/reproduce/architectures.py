@@ -1,8 +1,8 @@
 """Networks of several architectures from one generator (D2NWG, appendix C.1, Table 9; IGPG, with `train_igpg.py`).
 
-    python examples/build_network_zoo.py runs/lenet --architecture lenet
-    accelerate launch examples/train_d2nwg.py --zoo runs/images runs/lenet --output_dir runs/mixed
-    python examples/reproduce/architectures.py --generator runs/mixed/pipeline --zoo runs/images runs/lenet --out architectures.json
+    python examples/build_network_zoo.py runs/small-lenet --architecture small-lenet --seeds 20
+    accelerate launch examples/train_d2nwg.py --zoo runs/images runs/small-lenet --output_dir runs/mixed
+    python examples/reproduce/architectures.py --generator runs/mixed/pipeline --zoo runs/images runs/small-lenet --out architectures.json
 
 The paper mixes a ResNet-44 for CIFAR-10, one for CIFAR-100 and a MobileNetV2 for CIFAR-10, each pair with an index of its own and
 all padded to 700,490 weights. Here: small networks, any number of tasks and architectures, of which every pair has independently

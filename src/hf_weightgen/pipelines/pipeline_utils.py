@@ -204,7 +204,15 @@ class WeightGenPipeline(DiffusionPipeline):
         """The frozen encoder of a dataset's images: loaded by its id at first use, or set by the caller, see [`~targets.image_encoders.load_image_encoder`]."""
         if getattr(self, "_image_encoder", None) is None:
             named = self.config["image_encoder"]
-            self._image_encoder = load_image_encoder(named["id"], named.get("revision"), sha256=named.get("sha256"))
+            try:
+                self._image_encoder = load_image_encoder(
+                    named["id"], named.get("revision"), sha256=named.get("sha256")
+                )
+            except FileNotFoundError as error:
+                error.add_note(
+                    "This generator sees images by it; set `pipe.image_encoder = load_image_encoder(FOLDER)`."
+                )
+                raise
         return self._image_encoder
 
     @image_encoder.setter
