@@ -151,15 +151,14 @@ def predict_networks(
 
     Args:
         chunk: Examples that are read together. Default: 128 images, 256 rows of features.
-        at_once: As of [`train_networks`], 64 that read images by default.
-        num_classes: See [`train_networks`].
+        at_once, num_classes: See [`train_networks`].
     """
     own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
     images = len(config.input_shape) > 1
     predictions = []
     for examples in (inputs if own else inputs[None]).split(chunk or (128 if images else 256), 1):
         columns = []
-        for part in _parts(K, at_once or (64 if images else K)):
+        for part in _parts(K, at_once or (32 if images else K)):
             logits = stacked_logits(
                 config, {n: t[part] for n, t in params.items()}, examples[part] if own else examples
             )
