@@ -37,8 +37,8 @@ def main():
     args = parser.parse_args()
 
     pipe = load(args.generator, args)
-    known = read_sets(pipe, args, args.tuning, "train")
     refuse_known([pipe], args)
+    known = read_sets(pipe, args, args.tuning, "train")
     unseen = read_sets(pipe, args, args.unseen, "test")
     mean = mean_feature(known)
     names = {} if args.images else name_embeds(pipe, [*known.values(), *unseen.values()])

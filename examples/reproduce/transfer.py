@@ -62,8 +62,8 @@ def main():
     args = parser.parse_args()
 
     pipe = load(args.generator, args)
-    known = {name: halves(one) for name, one in read_sets(pipe, args, args.tuning, "train").items()}
     refuse_known([pipe], args)
+    known = {name: halves(one) for name, one in read_sets(pipe, args, args.tuning, "train").items()}
     train, test = (read_sets(pipe, args, args.unseen, split) for split in ("train", "test"))
     unseen = {name: whole_task(train[name], test[name]) for name in train}
     pipes = {"generated": pipe}

@@ -35,8 +35,8 @@ def main():
     args = parser.parse_args()
     zoos = {run: json.loads((run / "zoo" / "zoo_config.json").read_text()) for run in args.runs}
     pipes = {run: load(run / "pipeline", args) for run in args.runs}
-    pipe = pipes[args.runs[0]]
     refuse_known(pipes.values(), args)
+    pipe = pipes[args.runs[0]]
     known, unseen = read_sets(pipe, args, args.tuning, "train"), read_sets(pipe, args, args.unseen, "test")
     seen, mean = draw(known, args.shots, TUNING // len(known) + 1, args.seed + 1), mean_feature(known)
     names = {} if args.images else name_embeds(pipe, [*known.values(), *unseen.values()])

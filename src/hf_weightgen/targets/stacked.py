@@ -211,11 +211,7 @@ def _largest_product(act: Callable, weight: Tensor, bias: Tensor, first: Tensor,
         largest = torch.mm(first[rows], weight, out=out[rows])
         for part in others:
             torch.maximum(largest, part[rows] @ weight, out=largest)
-        largest.add_(bias)
-        if act == _Tanh.apply:
-            _tanh_(largest)
-        else:
-            largest.copy_(act(largest))
+        largest.copy_(act(largest.add_(bias)))
     return out
 
 
@@ -238,7 +234,3 @@ class _Tanh(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
         return torch.ops.aten.tanh_backward(grad, out)
-
-
-def _tanh_(x: Tensor) -> Tensor:
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
