@@ -117,15 +117,17 @@ def test_steps_learn(bf16):
     assert (predict_one_by_one(config, [tuned], inputs) == labels).double().mean() == 1
 
 
-def test_one_by_one_predicts_what_all_at_once_predict():
-    config = architecture("resnet8", 5, input_shape=[3, 8, 8])
+@pytest.mark.parametrize(("name", "shape"), [("resnet8", [3, 8, 8]), ("tiny-cnn", [1, 28, 28])])
+def test_one_by_one_predicts_what_all_at_once_predict(name, shape):
+    config = architecture(name, 5, input_shape=shape)
     networks = []
     for seed in range(3):
         torch.manual_seed(seed)
         networks.append(TargetModel(config).state_dict())
-    inputs = torch.randn(30, 3, 8, 8, generator=random(0))
+    inputs = torch.randn(30, *shape, generator=random(0))
     found = predict_one_by_one(config, networks, inputs, chunk=7)
     assert torch.equal(found, predict_networks(config, stack(networks), inputs))
+    assert torch.equal(found, predict_networks(config, stack(networks), inputs, chunk=9, at_once=2))
 
 
 def test_a_zoo_that_is_there_is_left_and_other_settings_are_refused(task, tmp_path):

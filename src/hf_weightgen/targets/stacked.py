@@ -37,7 +37,11 @@ def unstack(params: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def stacked_logits(
-    config: TargetConfig, params: Mapping[str, Tensor], inputs: Tensor, running: dict[str, Tensor] | None = None
+    config: TargetConfig,
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    running: dict[str, Tensor] | None = None,
+    patches: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """
     Logits of K networks.
@@ -48,23 +52,43 @@ def stacked_logits(
         running:
             In training: batch normalisation uses the batch, and moves these stacked statistics as torch does. Default:
             evaluation, with those of `params`.
+        patches: Those that [`cut_patches`] cut of the inputs, for several calls that read the same.
 
     Returns:
         `torch.FloatTensor` of shape `(K, n, num_classes)`.
     """
-    if inputs.dim() > 3:
+    layers = config.network
+    if patches or (patches := cut_patches(config, inputs)):
+        x, layers = _conv_pool_and_act(patches, layers[0], params, config.activation), layers[3:]
+    elif inputs.dim() > 3:
         x = inputs.permute(1, 3, 4, 0, 2).contiguous().permute(0, 3, 4, 1, 2)
     else:
         x = inputs.mT
-    return _run(config.network, config.activation, params, x, running).mT
+    return _run(layers, config.activation, params, x, running).mT
+
+
+def cut_patches(config: TargetConfig, inputs: Tensor) -> list[Tensor]:
+    """
+    What each position of the first convolution's kernel sees of images `(1, n, C, H, W)` that all networks read, for the
+    four pixels of each 2 x 2 square, row by row: `(n, h, w, C k k)` each. An odd last row or column is left out, as pooling
+    does. None for images of a network's own, and where no pooling and activation follow the convolution.
+    """
+    begins = [layer["kind"] for layer in config.network[:3]]
+    if inputs.dim() < 5 or len(inputs) > 1 or begins != ["conv", "max_pool", "activation"] or inputs.requires_grad:
+        return []
+    kernel_size, stride, padding = convolution(config.network[0]).values()
+    x = F.pad(inputs[0], [padding] * 4)
+    seen = x.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).permute(0, 2, 3, 1, 4, 5)
+    h, w = (size // 2 * 2 for size in seen.shape[1:3])
+    return [seen[:, i:h:2, j:w:2].flatten(3) for i in range(2) for j in range(2)]
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    return _Tanh.apply if name == "tanh" else getattr(F, name)
 
 
 def _run(layers: Sequence[dict], activation: str, params, x: Tensor, running) -> Tensor:
-    act = _Tanh.apply if activation == "tanh" else getattr(F, activation)
-    K, layers = len(next(iter(params.values()))), list(layers)
-    begins = [layer["kind"] for layer in layers[:3]]
-    if x.dim() > 3 and x.shape[1] < K and begins == ["conv", "max_pool", "activation"] and not x.requires_grad:
-        x, layers = _conv_pool_and_act(x, layers[0], params, act), layers[3:]
+    K, act = len(next(iter(params.values()))), _activation(activation)
     channels = x.shape[2]
     for layer in layers:
         if x.dim() > 3 and layer["kind"] not in READS_PADDED:
@@ -109,13 +133,17 @@ def _conv(x: Tensor, layer: dict, params: Mapping[str, Tensor]) -> Tensor:
     return F.conv2d(x.flatten(1, 2), weight.flatten(0, 1), bias.flatten(), **seen).unflatten(1, bias.shape)
 
 
-def _conv_pool_and_act(x: Tensor, layer: dict, params: Mapping[str, Tensor], act: Callable) -> Tensor:
-    """A convolution of images that all networks share, its pooling and activation: only what passes the pooling is kept."""
+def _conv_pool_and_act(
+    patches: Sequence[Tensor], layer: dict, params: Mapping[str, Tensor], activation: str
+) -> Tensor:
+    """A convolution of [`cut_patches`], its pooling and activation: only what passes the pooling is kept."""
     weight, bias = _parameters(layer, params)
-    seen = _quarters(x[:, 0], **convolution(layer))  # 4 x (n, h, w, C k k)
-    own = weight.flatten(2).flatten(0, 1).T, bias.flatten(), *(quarter.flatten(0, 2) for quarter in seen)
-    out = act(_LargestProduct.apply(*own)) if torch.is_grad_enabled() else _largest_product(act, *own)  # (n h w, K O)
-    return out.unflatten(1, weight.shape[:2]).unflatten(0, seen[0].shape[:3]).permute(0, 3, 4, 1, 2)
+    own = weight.flatten(2).flatten(0, 1).T, bias.flatten(), *(patch.flatten(0, 2) for patch in patches)
+    if torch.is_grad_enabled():
+        out = _activation(activation)(_LargestProduct.apply(*own))  # (n h w, K O)
+    else:
+        out = _largest_product(activation, *own)
+    return out.unflatten(1, weight.shape[:2]).unflatten(0, patches[0].shape[:3]).permute(0, 3, 4, 1, 2)
 
 
 def _product(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -137,17 +165,6 @@ def _norm(x: Tensor, name: str, params: Mapping[str, Tensor], running: dict[str,
     if len(x) == 1:  # with the strides that a single image has here, torch's gradient of the weight is another one
         x = x.contiguous()
     return F.batch_norm(x, mean, var, weight, bias, training=running is not None)
-
-
-def _quarters(x: Tensor, kernel_size: int, stride: int, padding: int) -> list[Tensor]:
-    """
-    What each position of a kernel sees of images `(n, C, H, W)`, for the four pixels of each 2 x 2 square, row by row:
-    `(n, h, w, C k k)` each. An odd last row or column is left out, as pooling does.
-    """
-    x = F.pad(x, [padding] * 4) if padding else x
-    seen = x.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).permute(0, 2, 3, 1, 4, 5)
-    h, w = (size // 2 * 2 for size in seen.shape[1:3])
-    return [seen[:, i:h:2, j:w:2].flatten(3) for i in range(2) for j in range(2)]
 
 
 class _ProductWithRows(torch.autograd.Function):
@@ -204,14 +221,19 @@ class _LargestProduct(torch.autograd.Function):
         return of_weight, grad.sum(0), None, None, None, None
 
 
-def _largest_product(act: Callable, weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
-    """`act` of what [`_LargestProduct`] computes, where no gradient follows: all of it while a block is in the cache."""
-    out = weight.new_empty(len(first), weight.shape[1])
+def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
+    """The activation of [`_LargestProduct`], where no gradient follows: a block leaves the cache once, at its end."""
+    out, one = weight.new_empty(len(first), weight.shape[1]), weight.new_ones(())
     for rows in _blocks(out):
-        largest = torch.mm(first[rows], weight, out=out[rows])
+        largest = first[rows] @ weight
+        other = torch.empty_like(largest)
         for part in others:
-            torch.maximum(largest, part[rows] @ weight, out=largest)
-        largest.copy_(act(largest.add_(bias)))
+            torch.maximum(largest, torch.mm(part[rows], weight, out=other), out=largest)
+        largest += bias
+        if activation == "tanh":
+            torch.sub(one, largest.mul_(-2).sigmoid_(), alpha=2, out=out[rows])
+        else:
+            out[rows] = getattr(F, activation)(largest)
     return out
 
 
@@ -226,7 +248,7 @@ class _Tanh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        out = (2 * x).sigmoid_().mul_(2).sub_(1)
+        out = torch.rsub((-2 * x).sigmoid_(), 1, alpha=2)
         ctx.save_for_backward(out)
         return out
 

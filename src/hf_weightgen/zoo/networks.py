@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..targets.architectures import TargetConfig, TargetModel
-from ..targets.stacked import stack, stacked_logits
+from ..targets.stacked import cut_patches, stack, stacked_logits
 from ..targets.symmetry import BUFFERS
 
 
@@ -151,16 +151,17 @@ def predict_networks(
 
     Args:
         chunk: Examples that are read together. Default: 128 images, 256 rows of features.
-        at_once, num_classes: See [`train_networks`].
+        at_once: Networks whose activations are in memory together. Default: 64 that read images, all that read features.
+        num_classes: See [`train_networks`].
     """
     own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
     images = len(config.input_shape) > 1
     predictions = []
     for examples in (inputs if own else inputs[None]).split(chunk or (128 if images else 256), 1):
-        columns = []
-        for part in _parts(K, at_once or (32 if images else K)):
+        columns, patches = [], [] if own else cut_patches(config, examples)
+        for part in _parts(K, at_once or (64 if images else K)):
             logits = stacked_logits(
-                config, {n: t[part] for n, t in params.items()}, examples[part] if own else examples
+                config, {n: t[part] for n, t in params.items()}, examples[part] if own else examples, patches=patches
             )
             columns.append(_masked(logits, num_classes, part).max(-1).indices)  # `argmax` reads number by number
         predictions.append(torch.cat(columns))
