@@ -180,8 +180,8 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     examples = Path(__file__).parents[2] / "examples"
     both = ["--zoo", one.path, "--image_encoder", image_encoder(tmp_path)]
 
-    def run(script: str, *arguments) -> None:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, both), *map(str, arguments)])
+    def run(script: str, *arguments, always=both) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, always), *map(str, arguments)])
         runpy.run_path(str(examples / script), run_name="__main__")
 
     steps = [part for name in ("vae", "task", "max_train") for part in (f"--{name}_steps", 2)]
@@ -189,6 +189,14 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     assert not (tmp_path / "run" / "dataset-encoder").exists()
     assert WeightGenPipeline.from_pretrained(tmp_path / "run" / "pipeline").dataset_encoder is not None
     assert list(json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]) == ["grey"]
+
+    few = [part for name in ("max_train_steps", "conditions", "samples") for part in (f"--{name}", 2)]
+    made = "--generator", tmp_path / "run" / "pipeline", "--output_dir", tmp_path / "tuned"
+    run("tune_generator.py", *made, *few, always=both[2:])
+    report = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    assert [row["task"] for row in report["before"]] == [row["task"] for row in report["after"]] == ["grey"]
+    tuned = WeightGenPipeline.from_pretrained(tmp_path / "tuned" / "pipeline")
+    assert len(tuned(tasks.IMAGE_TASKS["grey"].prompts[0]).weights) == 1
 
     steps = [part for name in ("vqvae", "task", "dataset", "max_train") for part in (f"--{name}_steps", 2)]
     monkeypatch.syspath_prepend(examples)

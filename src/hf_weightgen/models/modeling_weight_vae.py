@@ -250,12 +250,18 @@ class WeightVAE(PreTrainedModel):
             noise (`torch.FloatTensor` of shape `(B, T + C, S)`): Unit Gaussian.
         """
         T = self.config.num_body_tokens
-        tokens, stds = self._decode(self.from_latent(self.unscale(latents)), class_embeds)
+        tokens, stds = self.likelihood(latents, class_embeds)
         if not matches:
             tokens = torch.cat([tokens[:, :T], torch.zeros_like(tokens[:, T:])], 1)
-        if stds is None:
-            stds = torch.cat([self.body_noise, self.class_noise.expand(tokens.shape[1] - T)])[:, None]  # (T + C, 1)
         return tokens + self.config.noise_scale * stds * noise
+
+    def likelihood(self, latents: Tensor, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Means `(B, T + C, S)` and stds of p(w|z), which has the same shape or may be expanded to it, for scaled latents."""
+        tokens, stds = self._decode(self.from_latent(self.unscale(latents)), class_embeds)
+        if stds is None:
+            classes = tokens.shape[1] - self.config.num_body_tokens
+            stds = torch.cat([self.body_noise, self.class_noise.expand(classes)])[:, None]  # (T + C, 1)
+        return tokens, stds
 
     def scale(self, latents: Tensor) -> Tensor:
         return (latents - self.latent_mean) / self.latent_std
