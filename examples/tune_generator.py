@@ -48,6 +48,11 @@ def parse_args():
         help="Prompts, and as many datasets of five images a class, of each task.",
     )
     add("--spread", type=float, default=1.0, help="Size of a network's noise, at least so many times what it was.")
+    add(
+        "--noise_scale",
+        type=float,
+        help="Of the tuned generator in use. Default: as in training, that of `--generator`.",
+    )
     add("--learning_rate", type=float, default=4e-4)
     add("--samples", type=int, default=50, help="Networks of each task in the report.")
     add("--seed", type=int, default=0)
@@ -90,6 +95,8 @@ def main():
     )
     if not accelerator.is_main_process:
         return
+    if args.noise_scale is not None:
+        pipe.vae.config.noise_scale = args.noise_scale
     report = {"before": before, "after": figures(pipe, tasks, args.samples, args.seed + 1)}
     folder = args.output_dir / "pipeline"
     pipe.to(torch.float16)

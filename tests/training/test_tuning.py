@@ -126,3 +126,15 @@ def test_the_noise_of_other_networks_does_not_count(tuned):
     heads = colour & grey
     T = tuned[0].weight_tokenizer.num_all_body_tokens * 80
     assert heads and min(heads) >= T and len(colour) == sum(t.numel() for t in tuned[1][0].decoder.mean.values())
+
+
+def test_parts_of_networks_are_refused(tuned):
+    pipe, (_, grey) = copy.copy(tuned[0]), tuned[1]
+    targets = copy.deepcopy(list(pipe.config.targets))
+    targets[1]["config"]["layers"] = [
+        *targets[1]["config"]["layers"],
+        {"kind": "linear", "name": "more", "features": 4},
+    ]
+    pipe.register_to_config(targets=targets)
+    with pytest.raises(ValueError, match="Of networks for 'grey' only a part is generated, without \\['more.bias'"):
+        tuned_tasks(pipe, grey.spec, grey.data, CONDITIONS, random(0))

@@ -229,11 +229,11 @@ def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tenso
         other = torch.empty_like(largest)
         for part in others:
             torch.maximum(largest, torch.mm(part[rows], weight, out=other), out=largest)
-        largest += bias
-        if activation == "tanh":
-            torch.sub(one, largest.mul_(-2).sigmoid_(), alpha=2, out=out[rows])
+        if activation == "tanh":  # 1 - 2 sigmoid(-2 x), as in [`_Tanh`]
+            torch.sub(-2 * bias, largest, alpha=2, out=largest).sigmoid_()
+            torch.sub(one, largest, alpha=2, out=out[rows])
         else:
-            out[rows] = getattr(F, activation)(largest)
+            out[rows] = getattr(F, activation)(largest + bias)
     return out
 
 

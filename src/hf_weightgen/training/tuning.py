@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.modeling_weight_vae import WeightVAE
-from ..targets.architectures import TargetConfig
+from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.mixed import target_numbers
 from ..targets.stacked import stacked_logits
 from ..targets.tasks import TaskSpec
@@ -86,7 +86,7 @@ def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generato
         data: Images in the size that the networks read.
 
     Raises:
-        ValueError: If the generator does not know the task.
+        ValueError: If the generator does not know the task, or makes parts of networks.
     """
     encoder, known = pipe.dataset_encoder, {task["name"]: task for task in pipe.config.tasks}
     if spec.name not in known:
@@ -107,13 +107,17 @@ def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generato
     for number in numbers:
         target = pipe.targets[number]
         settings, architecture = target["config"], target["name"] if len(numbers) > 1 else None
+        config = TargetConfig(**settings, num_classes=len(spec.labels))
+        decoder = BatchDecoder(pipe.weight_tokenizer, len(spec.labels), target["layout"])
+        if missing := {name for name, _ in TargetModel(config).named_parameters()} - decoder.place.keys():
+            raise ValueError(f"Of networks for {spec.name!r} only a part is generated, without {sorted(missing)[:3]}.")
         asked = {"prompt_embeds": embeds, "labels": list(spec.labels), "architecture": architecture}
         latents = pipe(**asked, generator=generator, output_type="latent").latents.flatten(1)
         tuned.append(
             TunedTask(
                 spec,
-                TargetConfig(**settings, num_classes=len(spec.labels)),
-                BatchDecoder(pipe.weight_tokenizer, len(spec.labels), target["layout"]),
+                config,
+                decoder,
                 latents,
                 class_embeds.expand(len(latents), -1, -1),
                 replace(data, mean=settings["image_mean"], std=settings["image_std"]),
