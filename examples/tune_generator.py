@@ -11,6 +11,7 @@ continues.
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,19 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--checkpointing_steps", type=int, default=1000)
     add("--resume_from_checkpoint", help="'latest', or a checkpoint's name.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, least in (
+        ("max_train_steps", 1),
+        ("train_batch_size", 1),
+        ("images", 1),
+        ("conditions", 1),
+        ("samples", 2),
+    ):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.noise_scale is not None and not 0 <= args.noise_scale < math.inf:
+        parser.error(f"--noise_scale must be a finite number of at least 0, got {args.noise_scale}")
+    return args
 
 
 def main():

@@ -136,6 +136,17 @@ def test_evaluation_is_that_of_each_network_and_leaves_statistics_alone(config):
     assert all(torch.equal(running[name], before[name]) for name in running)
 
 
+def test_evaluation_under_autocast_is_nearly_that_in_full():
+    config = architecture("tiny-cnn", channels=1)
+    params = stack([TargetModel(config).state_dict() for _ in range(NETWORKS)])
+    inputs = torch.rand(1, 4, 1, 28, 28, generator=random(0))
+    with torch.no_grad():
+        whole = stacked_logits(config, params, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = stacked_logits(config, params, inputs)
+    torch.testing.assert_close(half.float(), whole, rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "weights"),
     [

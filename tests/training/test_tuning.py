@@ -128,6 +128,18 @@ def test_the_noise_of_other_networks_does_not_count(tuned):
     assert heads and min(heads) >= T and len(colour) == sum(t.numel() for t in tuned[1][0].decoder.mean.values())
 
 
+def test_noise_that_is_calibrated_may_be_none(tuned):
+    pipe, tasks = tuned
+    config = copy.deepcopy(pipe.vae.config)
+    config.learns_noise = False
+    torch.manual_seed(0)
+    vae = WeightVAE(config)
+    assert not vae.body_noise.any()
+    loss = tuning_loss(NoisyDecoder(vae), copy.deepcopy(vae), tasks, draws())
+    loss.backward()
+    assert loss.isfinite() and vae.token_out.grad.isfinite().all()
+
+
 def test_parts_of_networks_are_refused(tuned):
     pipe, (_, grey) = copy.copy(tuned[0]), tuned[1]
     targets = copy.deepcopy(list(pipe.config.targets))

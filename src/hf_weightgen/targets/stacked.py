@@ -226,9 +226,8 @@ def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tenso
     out, one = weight.new_empty(len(first), weight.shape[1]), weight.new_ones(())
     for rows in _blocks(out):
         largest = first[rows] @ weight
-        other = torch.empty_like(largest)
         for part in others:
-            torch.maximum(largest, torch.mm(part[rows], weight, out=other), out=largest)
+            torch.maximum(largest, part[rows] @ weight, out=largest)
         if activation == "tanh":  # 1 - 2 sigmoid(-2 x), as in [`_Tanh`]
             torch.sub(-2 * bias, largest, alpha=2, out=largest).sigmoid_()
             torch.sub(one, largest, alpha=2, out=out[rows])

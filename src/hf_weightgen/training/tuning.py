@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.modeling_weight_vae import WeightVAE
+from ..models.modeling_weight_vae import SMALLEST_STD, WeightVAE
 from ..targets.architectures import TargetConfig, TargetModel
 from ..targets.mixed import target_numbers
 from ..targets.stacked import stacked_logits
+from ..targets.symmetry import BUFFERS
 from ..targets.tasks import TaskSpec
 from ..zoo.images import ImageData
 from .batches import StepRandom
@@ -64,7 +65,7 @@ class TunedTask:
 
 
 class NoisyDecoder(nn.Module):
-    """p(w|z) of an autoencoder, of which nothing else is trained."""
+    """p(w|z) of an autoencoder, of which nothing else is trained; `token_bias`, which the encoder subtracts, is a part of it."""
 
     def __init__(self, vae: WeightVAE):
         super().__init__()
@@ -109,7 +110,8 @@ def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generato
         settings, architecture = target["config"], target["name"] if len(numbers) > 1 else None
         config = TargetConfig(**settings, num_classes=len(spec.labels))
         decoder = BatchDecoder(pipe.weight_tokenizer, len(spec.labels), target["layout"])
-        if missing := {name for name, _ in TargetModel(config).named_parameters()} - decoder.place.keys():
+        read = {name for name in TargetModel(config).state_dict() if not name.endswith(BUFFERS[2])}
+        if missing := read - decoder.place.keys():
             raise ValueError(f"Of networks for {spec.name!r} only a part is generated, without {sorted(missing)[:3]}.")
         asked = {"prompt_embeds": embeds, "labels": list(spec.labels), "architecture": architecture}
         latents = pipe(**asked, generator=generator, output_type="latent").latents.flatten(1)
@@ -165,6 +167,7 @@ def tuning_loss(
     with torch.no_grad():
         first_tokens, first_stds = (own.expand_as(tokens).flatten(1)[:, places] for own in start.likelihood(*given))
     tokens, stds = (own.flatten(1)[:, places] for own in (tokens, stds))
+    stds, first_stds = stds.clamp(min=SMALLEST_STD), first_stds.clamp(min=SMALLEST_STD)  # calibrated noise may be none
     less = (spread - (stds * sizes).norm(dim=1) / (first_stds * sizes).norm(dim=1)).clamp(min=0)
     kept = DRIFT * F.mse_loss(tokens, first_tokens) + NOISE * F.mse_loss(stds.log(), first_stds.log())
     return loss + kept + LESS * less.square().mean()
