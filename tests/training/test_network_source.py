@@ -211,6 +211,10 @@ def test_training_may_leave_the_dataset_encoder_to_the_denoiser(zoo, tmp_path, m
     rows = json.loads(out.read_text())["rows"]
     assert {row["epoch"] for row in rows if row["method"] == "generated"} == {0, 1, 5, 25, 50}
     assert out.with_suffix(".png").is_file()
+    twice = "--zoo", one.path, one.path, *both[2:]
+    run("reproduce/retrieval.py", "--generator", tmp_path / "run" / "pipeline", "--n", 2, "--out", out, always=twice)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["task"], row["method"]) for row in rows] == 2 * [("grey", "stored"), ("grey", "generated")]
     unseen = "--generator", tmp_path / "run" / "pipeline", "--unseen", "colour", "--n", 2, "--out", out
     run("reproduce/unseen_sets.py", *unseen)
     rows = json.loads(out.read_text())["rows"]
