@@ -85,7 +85,7 @@ def main():
     specs = [get_task(name) for name in args.tasks or [task["name"] for task in pipe.config.tasks]]
     data, tasks = load_images(specs, args.data_root, side(pipe)), []
     for spec in specs:
-        tasks += tuned_tasks(pipe, spec, data[spec.name], args.conditions, torch.Generator().manual_seed(args.seed))
+        tasks += tuned_tasks(pipe, spec, data[spec.name], args.conditions, args.seed)
         accelerator.print(f"{spec.name}: {len(tasks[-1].latents)} latents, {len(data[spec.name].train)} images")
 
     before, start = figures(pipe, tasks, args.samples, args.seed + 1), copy.deepcopy(pipe.vae).eval()

@@ -72,7 +72,7 @@ def tuned(encoder, tmp_path_factory):
     ]  # fmt: skip
     pipe.register_to_config(target=targets[0], targets=targets, tasks=tasks, far_below=-1.0, known_above=2.0)
     pipe._encoder, pipe.image_encoder = encoder, sees
-    return pipe, [task for s in specs for task in tuned_tasks(pipe, s, data[s.name], CONDITIONS, random(0))]
+    return pipe, [task for s in specs for task in tuned_tasks(pipe, s, data[s.name], CONDITIONS, 0)]
 
 
 def test_latents_are_those_of_prompts_and_of_datasets(tuned):
@@ -84,10 +84,10 @@ def test_latents_are_those_of_prompts_and_of_datasets(tuned):
         pixels = task.data.train.pixels
         torch.testing.assert_close(task.inputs, (pixels / 255 - 0.4) / 0.2)  # as the generator's networks read them
         assert task.architecture is None
-    again = tuned_tasks(pipe, grey.spec, grey.data, CONDITIONS, random(0))[0]
+    again = tuned_tasks(pipe, grey.spec, grey.data, CONDITIONS, 0)[0]
     assert torch.equal(again.latents, grey.latents)
     with pytest.raises(ValueError, match="does not know the task 'other', only \\['colour', 'grey'\\]"):
-        tuned_tasks(pipe, replace(grey.spec, name="other"), grey.data, CONDITIONS, random(0))
+        tuned_tasks(pipe, replace(grey.spec, name="other"), grey.data, CONDITIONS, 0)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1.5])
@@ -149,4 +149,4 @@ def test_parts_of_networks_are_refused(tuned):
     ]
     pipe.register_to_config(targets=targets)
     with pytest.raises(ValueError, match="Of networks for 'grey' only a part is generated, without \\['more.bias'"):
-        tuned_tasks(pipe, grey.spec, grey.data, CONDITIONS, random(0))
+        tuned_tasks(pipe, grey.spec, grey.data, CONDITIONS, 0)

@@ -25,7 +25,7 @@ from ..targets.symmetry import BUFFERS
 from ..targets.tasks import TaskSpec
 from ..zoo.images import ImageData
 from .batches import StepRandom
-from .dataset_encoder import SHOTS
+from .dataset_encoder import SHOTS, examples
 from .function_loss import BatchDecoder
 from .network_source import features
 
@@ -77,7 +77,7 @@ class NoisyDecoder(nn.Module):
         return self.vae.likelihood(latents, class_embeds)
 
 
-def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generator: torch.Generator) -> list[TunedTask]:
+def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, seed: int) -> list[TunedTask]:
     """
     A known task, once for each architecture that it has: as many latents for prompts as for datasets of a few training images
     of each class.
@@ -98,13 +98,15 @@ def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generato
     class_embeds = pipe.encoder.embed(list(spec.labels))[None]
     if encoder is not None:
         pool = features(pipe.image_encoder, data.train, len(spec.labels))  # (C, pool, F)
-        seen = torch.stack([_few(pool, generator) for _ in range(conditions)])
+        draws = StepRandom(seed, 0, conditions, slice(None))
+        seen = examples([pool], torch.zeros(conditions, dtype=torch.long), SHOTS, draws)  # (conditions, C, k, F)
         mask = torch.ones(seen.shape[:3], dtype=torch.bool)
         names = class_embeds.expand(conditions, -1, -1) if encoder.config.reads_names else None
         with torch.no_grad():
             shown, _ = encoder.encode(seen, mask, names)
         embeds = torch.cat([embeds, shown])
     numbers, tuned = target_numbers(known[spec.name]), []
+    generator = torch.Generator().manual_seed(seed)
     for number in numbers:
         target = pipe.targets[number]
         settings, architecture = target["config"], target["name"] if len(numbers) > 1 else None
@@ -127,11 +129,6 @@ def tuned_tasks(pipe, spec: TaskSpec, data: ImageData, conditions: int, generato
             )
         )
     return tuned
-
-
-def _few(pool: Tensor, generator: torch.Generator) -> Tensor:
-    """Some examples of each class: `(C, pool, F)` to `(C, k, F)`."""
-    return torch.stack([own[torch.randperm(len(own), generator=generator)[:SHOTS]] for own in pool])
 
 
 def tuning_loss(
