@@ -178,8 +178,7 @@ def main():
         }
         if args.images
         else None,
-        far_below=-1.0,  # sets that it does not know are what it is for
-        known_above=1.0,
+        datasets_above=-1.0,  # sets that it does not know are what it is for
     )
     folder = args.output_dir / "pipeline"
     pipe.save_pretrained(folder)

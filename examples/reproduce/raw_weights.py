@@ -126,10 +126,12 @@ def prompts_of(zoo, task: str, count: int) -> Tensor:
 
 @torch.no_grad()
 def sample(denoiser, scheduler, shape, prompts: Tensor, seed: int) -> Tensor:
-    latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(len(prompts), *shape, generator=generator)
     scheduler.set_timesteps(STEPS)
     for t in scheduler.timesteps:
-        latents = scheduler.step(denoiser(latents, t, class_labels=prompts).sample, t, latents).prev_sample
+        prediction = denoiser(latents, t, class_labels=prompts).sample
+        latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
     return latents
 
 

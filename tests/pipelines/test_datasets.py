@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hf_weightgen import WeightGenPipeline
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.pipelines.examples import channels_of
+from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.pipelines.request import encode_dataset, told_apart
 from hf_weightgen.targets.architectures import HEAD, TargetConfig, TargetModel, mlp
 from hf_weightgen.targets.base_models import pack_embeddings
@@ -44,7 +45,7 @@ def text_pipe(encoder):
     ]  # fmt: skip
     targets = [{"kind": "network", "config": settings, "layout": k} for k, settings in enumerate(SETTINGS)]
     pipe.register_to_config(
-        target={"kind": "network", "config": SETTINGS[0]}, targets=targets, tasks=tasks, far_below=-1.0
+        target={"kind": "network", "config": SETTINGS[0]}, targets=targets, tasks=tasks, far_below=-1.0, datasets_above=-1.0
     )
     pipe._encoder = encoder
     pipe.check_parts()
@@ -92,20 +93,37 @@ def test_no_two_classes_of_a_known_task_are_taken_for_the_same(seed):
 
 @torch.no_grad()
 def test_classes_are_those_of_a_known_task_where_the_dataset_is_of_one(text_pipe, encoder):
-    kept, known = text_pipe.config.known_above, encoder.embed(["a", "b"])
+    kept, known = text_pipe.config.datasets_above, encoder.embed(["a", "b"])
     two = {"good": DATASET["good"], "bad": DATASET["bad"]}
     try:
-        text_pipe.register_to_config(known_above=-1.0)
+        text_pipe.register_to_config(datasets_above=-1.0)
         _, _, classes, _ = encode_dataset(text_pipe, two)
         assert sorted((classes[0] @ known.mT).argmax(1).tolist()) == [0, 1]
         torch.testing.assert_close((classes[0] @ known.mT).amax(1), torch.ones(2))
         _, _, more, _ = encode_dataset(text_pipe, DATASET)  # three classes, and the task has two
         assert (more[0] @ known.mT).max() < 0.9
-        text_pipe.register_to_config(known_above=1.0)
+        text_pipe.register_to_config(datasets_above=1.0)
         _, _, unknown, _ = encode_dataset(text_pipe, two)
         assert (unknown[0] @ known.mT).max() < 0.9
     finally:
-        text_pipe.register_to_config(known_above=kept)
+        text_pipe.register_to_config(datasets_above=kept)
+
+
+def test_a_far_dataset_warns_by_a_threshold_of_its_own(text_pipe):
+    kept = {name: text_pipe.config[name] for name in ("far_below", "datasets_above")}
+    try:
+        for settings, kinds in (
+            ({"far_below": -1.0, "datasets_above": 1.0}, ["dataset of good, bad"]),
+            ({"far_below": 1.0, "datasets_above": -1.0}, ["prompt 'film"]),
+            ({"far_below": 1.0, "datasets_above": 1.0}, ["prompt 'film", "dataset of good, bad"]),
+        ):
+            text_pipe.register_to_config(**settings)
+            with pytest.warns(MismatchWarning) as caught:
+                text_pipe("film reviews", dataset=DATASET)
+            for warning, kind in zip((w for w in caught if w.category is MismatchWarning), kinds, strict=True):
+                assert str(warning.message).startswith(f"The {kind}") and warning.filename == __file__
+    finally:
+        text_pipe.register_to_config(**kept)
 
 
 def test_a_prompt_beside_a_dataset_counts(text_pipe):
@@ -163,7 +181,7 @@ def test_it_is_saved_and_loaded_with_its_dataset_encoder(text_pipe, encoder, tmp
 
 def test_images_are_seen_by_the_image_encoder(text_pipe, tmp_path):
     sees = load_image_encoder(image_encoder(tmp_path))
-    pipe = type(text_pipe)(**text_pipe.components, **{k: text_pipe.config[k] for k in ("target", "targets", "tasks", "far_below")}, image_encoder={"id": "acme/eyes"})  # fmt: skip
+    pipe = type(text_pipe)(**text_pipe.components, **{k: text_pipe.config[k] for k in ("target", "targets", "tasks", "far_below", "datasets_above")}, image_encoder={"id": "acme/eyes"})  # fmt: skip
     pipe.register_modules(dataset_encoder=encoder_of(sees.embed(images(1, 0)).shape[1]))
     pipe.image_encoder, pipe._encoder = sees, text_pipe.encoder
     pipe.set_progress_bar_config(disable=True)

@@ -184,9 +184,10 @@ def test_a_dataset_asks_in_the_place_of_a_prompt_or_beside_one(pipe):
     encoder = DatasetEncoder(DatasetEncoderConfig(feature_size=6, hidden_size=16, latent_size=4)).eval()
     pipe.register_modules(dataset_encoder=encoder)
     dataset = {name: list(torch.randn(2, 6, generator=random(k))) for k, name in enumerate(("cat", "dog"))}
-    with pytest.warns(MismatchWarning, match="far from every task"):
+    with pytest.warns(MismatchWarning, match="dataset of cat, dog is far from every task"):
         shown = pipe(dataset=dataset, generator=random(0))
-    both = pipe("which digit is it", dataset=dataset, generator=random(0))
+    with pytest.warns(MismatchWarning, match="dataset of cat, dog is far from every task"):
+        both = pipe("which digit is it", dataset=dataset, generator=random(0))
     alone = pipe("which digit is it", labels=["cat", "dog"], generator=random(0))
     assert shown.labels == both.labels == [["cat", "dog"]] and both.tasks == alone.tasks == ["digits"]
     assert not weights_are_equal(both.weights[0], alone.weights[0])

@@ -18,6 +18,7 @@ from diffusers import (
 from hf_weightgen.pipelines.pipeline_utils import MismatchWarning
 from hf_weightgen.targets.base_models import pack_embeddings
 from hf_weightgen.targets.functional import BIAS, WEIGHT
+from hf_weightgen.training.d2nwg import make_schedulers
 from tiny import KNOWN, STEPS, adapter, pipeline, random, randomised
 
 
@@ -48,11 +49,13 @@ def test_a_sentence_gives_an_adapter_with_its_head(pipe):
     assert output.latents.shape == (1, 2, 4, 4) and output.generator_id == "a generator in memory"
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5}, {"scheduler": DDPMScheduler}])
+# the schedulers of training and of use draw noise in every step
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance_scale": 2.5}, *({"scheduler": own} for own in make_schedulers("v_prediction"))]
+)
 def test_the_same_seed_gives_the_same_weights_in_any_batch(settings, pipe):
     settings = dict(settings)
-    if "scheduler" in settings:  # one that draws noise in every step
-        pipe.scheduler = settings.pop("scheduler").from_config(pipe.scheduler.config)
+    pipe.scheduler = settings.pop("scheduler", pipe.scheduler)
     most = pipe(SST2, num_samples=8, generator=random(7), **settings)
     assert len({tuple(weights[WEIGHT].flatten()[:4].tolist()) for weights in most.weights}) == 8
     for count in (1, 3):

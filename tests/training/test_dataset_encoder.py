@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from hf_weightgen.models.modeling_dataset_encoder import DatasetEncoder, DatasetEncoderConfig
 from hf_weightgen.models.modeling_denoiser import WeightDenoiser
+from hf_weightgen.targets.base_models import unpack_embeddings
 from hf_weightgen.training.batches import StepRandom
 from hf_weightgen.training.d2nwg import make_schedulers
 from hf_weightgen.training.dataset_encoder import DRAWS, REPEATS, JointDenoiser, dataset_loss, examples, with_datasets
 from hf_weightgen.training.objectives import noised
+from hf_weightgen.training.sources import known_tasks
 from tiny import random, zoo
 
 
@@ -132,3 +134,24 @@ def test_an_encoder_that_learns_with_the_denoiser_tells_it_whose_weights_to_make
             for condition in (embeds, embeds.roll(1, 0))  # the other task's
         ]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_thresholds_tell_conditions_that_were_never_seen_from_those_of_other_tasks():
+    def near(task: int, noise: float, seed: int) -> torch.Tensor:
+        centre = F.normalize(torch.randn(3, 64, generator=random(task)), dim=-1)  # asked for in three ways
+        drawn = torch.randn(40, 64, generator=random(100 * seed + task)) * noise / 8
+        return F.normalize(centre[torch.arange(40) % 3] + drawn, dim=-1)
+
+    def cosines(conditions: torch.Tensor) -> torch.Tensor:
+        centres = torch.cat([unpack_embeddings(task["prompt_embeddings"], 64) for task in known])
+        return (conditions @ centres.mT).amax(1)
+
+    tasks, wide, narrow = [{"name": name} for name in "abc"], 0.8, 0.1
+    known, thresholds = known_tasks(tasks, [(near(t, wide, 1), near(t + 10, narrow, 2)) for t in range(3)])
+    assert thresholds["far_below"] < thresholds["known_above"] < thresholds["datasets_above"] < 1
+    for t in range(3):
+        assert (cosines(near(t, wide, 3)) > thresholds["far_below"]).float().mean() > 0.85
+        assert (cosines(near(t + 20, wide, 3)) < thresholds["far_below"]).float().mean() > 0.95
+        assert (cosines(near(t + 10, narrow, 3)) > thresholds["datasets_above"]).all()
+        assert (cosines(near(t + 10, wide, 3)) < thresholds["datasets_above"]).all()
+    assert known_tasks(tasks, [(near(t, wide, 1)[:1],) for t in range(3)])[1] == {"far_below": 1.0, "known_above": 1.0}

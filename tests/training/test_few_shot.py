@@ -96,7 +96,7 @@ def trained(sets, tmp_path_factory) -> tuple[D2NWGPipeline, HeadTensors, list[fl
         vae.eval(), denoiser.eval(), scheduler, tokenizer,
         target={"kind": "network", "config": {"input_shape": [SIZE], "layers": [], "activation": "relu"}},
         tasks=[known], encoder={"id": MINILM, "revision": None, "sha256": None}, dataset_encoder=encoder,
-        far_below=-1.0, known_above=1.0, num_inference_steps=4,
+        datasets_above=-1.0, num_inference_steps=4,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe, tensors, losses

@@ -38,6 +38,7 @@ NUMBERS = {  # setting of an index -> its range and types; a pipeline has some o
     "guidance_scale": (-100, 100, (int, float)),
     "far_below": (-1, 1, (int, float)),
     "known_above": (-1, 1, (int, float)),
+    "datasets_above": (-1, 1, (int, float)),
     "temperature": (0, 100, (int, float)),
 }
 LARGEST_SETTING = 1_000_000  # of a scheduler, which allocates as many numbers

@@ -55,6 +55,8 @@ class D2NWGPipeline(WeightGenPipeline):
         far_below (`float`): Prompts whose cosine to the nearest known task is lower are reported as far.
         known_above (`float`): Only of prompts whose cosine is at least this the pipeline judges whether the class names fit:
             of a task that it does not know it cannot tell.
+        datasets_above (`float`): Datasets whose cosine is at least this are of a known task, whose classes are told apart, see
+            [`~request.told_apart`]; all others are reported as far.
         num_inference_steps, guidance_scale: Defaults of a call.
     """
 
@@ -73,6 +75,7 @@ class D2NWGPipeline(WeightGenPipeline):
         prediction_type: str = "v_prediction",
         far_below: float = 0.4,
         known_above: float = 0.55,
+        datasets_above: float = 0.85,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
         text_encoder=None,
@@ -102,6 +105,7 @@ class D2NWGPipeline(WeightGenPipeline):
             prediction_type=prediction_type,
             far_below=far_below,
             known_above=known_above,
+            datasets_above=datasets_above,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )

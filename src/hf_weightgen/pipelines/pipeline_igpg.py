@@ -40,7 +40,7 @@ PADDING = -1  # in the place of codes, where a network has fewer tokens than ano
 COLD = 1e-6  # temperatures below take the likeliest codes: divided by them, logits would be infinite
 GIVEN = "given"  # name of an architecture that a caller brings
 UNNAMED = "default"  # and of one that had no name before
-CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "temperature"}  # to a generator with one more
+CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "datasets_above", "temperature"}  # to a generator with one more
 
 
 class IGPGPipeline(Codes, WeightGenPipeline):
@@ -50,7 +50,8 @@ class IGPGPipeline(Codes, WeightGenPipeline):
     Args:
         vqvae ([`WeightVQVAE`]): Weight tokens <-> codes.
         prior ([`IGPGPrior`]): Writes codes.
-        weight_tokenizer, target, targets, tasks, encoder, dataset_encoder, image_encoder, far_below: As of [`D2NWGPipeline`].
+        weight_tokenizer, target, targets, tasks, encoder, dataset_encoder, image_encoder, far_below, datasets_above: As of
+            [`D2NWGPipeline`].
         known_above: As there; told and not read, since nothing here judges whether class names fit a prompt.
         temperature: Default of a call.
     """
@@ -67,6 +68,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
         encoder: dict | None = None,
         far_below: float = 0.4,
         known_above: float = 0.55,
+        datasets_above: float = 0.85,
         temperature: float = 1.0,
         text_encoder=None,
         tokenizer=None,
@@ -91,6 +93,7 @@ class IGPGPipeline(Codes, WeightGenPipeline):
             image_encoder=image_encoder,
             far_below=far_below,
             known_above=known_above,
+            datasets_above=datasets_above,
             temperature=temperature,
         )
 

@@ -313,12 +313,12 @@ class WeightGenPipeline(DiffusionPipeline):
         shape = self.targets[target_numbers(task)[0]].get("config", {}).get("input_shape", ())
         return shape[0] if len(shape) == 3 else None
 
-    def warn_if_far(self, prompt: str, nearest: list[tuple[dict, float]]) -> None:
-        """Warns if a prompt is far from all known tasks."""
-        if nearest[0][1] < self.config["far_below"]:
+    def warn_if_far(self, asked: str, nearest: list[tuple[dict, float]], threshold: str) -> None:
+        """Warns if a prompt or a dataset is far from all known tasks; `threshold` is the setting that tells how far that is."""
+        if nearest[0][1] < self.config[threshold]:
             names = ", ".join(f"{task['name']} ({cosine:.2f})" for task, cosine in nearest)
             warnings.warn(
-                f"The prompt {prompt[:80]!r} is far from every task that this generator knows; nearest: {names}. "
+                f"The {asked} is far from every task that this generator knows; nearest: {names}. "
                 "Weights for an unseen task can be much weaker: try them on labelled examples first.",
                 MismatchWarning,
                 stacklevel=5,  # the caller of the pipeline, past `no_grad` and the reading of the request

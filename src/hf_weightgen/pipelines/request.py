@@ -90,15 +90,21 @@ def read_request(
     of_dataset = class_embeds = channels = None
     if dataset is not None:
         names, of_dataset, class_embeds, channels = encode_dataset(pipe, dataset)
-        names, prompts = [names], prompts or [f"(dataset of {', '.join(names)})"]
+        names = [names]
     of_prompts = None if of_prompts is None else of_prompts.float().cpu()
     embeds = of_prompts if of_dataset is None else of_dataset
     if of_prompts is not None and of_dataset is not None:
         embeds = F.normalize(of_prompts + of_dataset, dim=-1)
-    prompts = prompts or ["(embedding)"] * len(embeds)
     nearest = pipe.nearest_tasks(embeds, channels)
-    for text, near in zip(prompts, nearest, strict=True):
-        pipe.warn_if_far(text, near)
+    if of_prompts is not None:
+        asked = prompts or ["(embedding)"] * len(embeds)
+        for text, near in zip(asked, pipe.nearest_tasks(of_prompts, channels), strict=True):
+            pipe.warn_if_far(f"prompt {text[:80]!r}", near, "far_below")
+    if of_dataset is not None:
+        text = f"dataset of {', '.join(names[0])}"
+        pipe.warn_if_far(text[:80], pipe.nearest_tasks(of_dataset, channels)[0], "datasets_above")
+        prompts = prompts or [f"({text})"]
+    prompts = prompts or ["(embedding)"] * len(embeds)
     names = names or [list(near[0][0]["labels"]) for near in nearest]
     numbers = [target_number(pipe.targets, near[0][0], architecture) for near in nearest]
     return Request(prompts, embeds, of_prompts, of_dataset, names, class_embeds, nearest, numbers)
@@ -138,7 +144,7 @@ def encode_dataset(pipe, dataset: object) -> tuple[list[str], Tensor, Tensor, in
         raise ValueError("Features of `dataset` are NaN, infinite or beyond all measure; make them anew.")
     of_dataset, of_classes, channels = of_dataset.float().cpu(), of_classes.float(), channels_of(examples)
     task, cosine = pipe.nearest_tasks(of_dataset, channels)[0][0]
-    is_known = cosine >= pipe.config["known_above"] and len(names) <= len(task["labels"])
+    is_known = cosine >= pipe.config["datasets_above"] and len(names) <= len(task["labels"])
     if is_known and not encoder.config.ridge:
         of_classes = told_apart(of_classes, pipe.encoder.embed(list(task["labels"])))
     return names, of_dataset, of_classes, channels

@@ -68,7 +68,11 @@ def joined(sources: Sequence[Source], first: Sequence[int] | None = None) -> Sou
         targets=targets,
         target_of=target_of,
         known_tasks=known,
-        thresholds={name: min(source.thresholds[name] for source in sources) for name in sources[0].thresholds},
+        thresholds={
+            name: min(own.thresholds[name] for own in sources if name in own.thresholds)
+            for source in sources
+            for name in source.thresholds
+        },
         score=score,
         validate=None,
         accuracies=None,

@@ -49,7 +49,7 @@ class Source:
             the weight of weight-space error in them, or one for each task.
         score: `(state dicts, task) -> accuracies (N,)` in [0, 1] on test data.
         name_projection: The base adapter's head as a function of class names: weight `(E, D)` and bias `(E,)`.
-        thresholds: `far_below` and `known_above`, see [`D2NWGPipeline`].
+        thresholds: `far_below`, `known_above` and `datasets_above`, see [`D2NWGPipeline`].
         majority: per task the share of the largest class and the number of test rows; zoo_scores: mean accuracy of members.
         samples: Generated networks per task in the report.
         targets: All targets, where the zoo has several; `target` is the first of them.
@@ -205,24 +205,35 @@ def decode_rows(
 
 
 def known_tasks(
-    tasks: Iterable[Mapping], prompt_embeds: Iterable[Sequence[Tensor]]
+    tasks: Iterable[Mapping], conditions: Iterable[Sequence[Tensor]]
 ) -> tuple[list[dict], dict[str, float]]:
     """
-    Known tasks for the pipeline's config, and two cosines to the nearest known prompts: far under that of any prompt of
-    their own, and above which nearly all of their own lie.
+    Known tasks for the pipeline's config, and its thresholds, see [`D2NWGPipeline`]: of prompts the cosine to the nearest centre
+    above which nearly all lie that are worded anew, and one that is surely near; of datasets one that is far below.
 
     Args:
         tasks: What is told of each.
-        prompt_embeds: Of each one or several kinds of conditions `(P, E)`, such as prompts and datasets.
+        conditions: Of each prompts `(P, E)`, and for some datasets beside them.
     """
-    known, cosines = [], []
-    for task, kinds in zip(tasks, prompt_embeds, strict=True):
+    known, cosines = [], defaultdict(list)
+    for task, kinds in zip(tasks, conditions, strict=True):
         # a task is asked for in ways that are far apart, by its dataset's name or in plain words: one centre is too few
-        centres = torch.cat([_centres(embeds) for embeds in kinds])
-        cosines.append((torch.cat(list(kinds)) @ centres.mT).amax(1))
-        known.append({**task, "prompt_embeddings": pack_embeddings(centres)})
-    low = torch.cat(cosines).quantile(0.02).item()
-    return known, {"far_below": round(low - 0.1, 3), "known_above": round(low, 3)}
+        known.append({**task, "prompt_embeddings": pack_embeddings(torch.cat(list(map(_centres, kinds))))})
+        for kind, embeds in enumerate(kinds):
+            cosines[kind].append(_left_out_cosines(embeds))
+    lows = {kind: torch.cat(own).quantile(0.02).item() for kind, own in cosines.items()}
+    thresholds = {"far_below": lows[0], "known_above": min(lows[0] + 0.1, 1)}
+    if len(lows) > 1:  # a dataset of a known task is near all others of it, however it was drawn
+        thresholds["datasets_above"] = lows[1] - 0.1
+    return known, {name: round(low, 3) for name, low in thresholds.items()}
+
+
+def _left_out_cosines(embeds: Tensor) -> Tensor:
+    """How near each of `(P, E)` is to centres of the others, a quarter of all at a time: what was never seen lies as far."""
+    part, cosines = torch.arange(len(embeds)) % 4, [embeds.new_ones(1)]  # a single one tells nothing
+    for own in part.unique() if len(embeds) > 1 else []:
+        cosines.append((embeds[part == own] @ _centres(embeds[part != own]).mT).amax(1))
+    return torch.cat(cosines)
 
 
 def _centres(embeds: Tensor) -> Tensor:
