@@ -45,7 +45,11 @@ def text_pipe(encoder):
     ]  # fmt: skip
     targets = [{"kind": "network", "config": settings, "layout": k} for k, settings in enumerate(SETTINGS)]
     pipe.register_to_config(
-        target={"kind": "network", "config": SETTINGS[0]}, targets=targets, tasks=tasks, far_below=-1.0, datasets_above=-1.0
+        target={"kind": "network", "config": SETTINGS[0]},
+        targets=targets,
+        tasks=tasks,
+        far_below=-1.0,
+        datasets_above=-1.0,
     )
     pipe._encoder = encoder
     pipe.check_parts()

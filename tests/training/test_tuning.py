@@ -70,7 +70,9 @@ def tuned(encoder, tmp_path_factory):
         {"name": spec.name, "family": spec.name, "labels": list(spec.labels), "target": k, "prompt_embeddings": pack_embeddings(encoder.embed(list(spec.prompts)))}
         for k, spec in enumerate(specs)
     ]  # fmt: skip
-    pipe.register_to_config(target=targets[0], targets=targets, tasks=tasks, far_below=-1.0, known_above=2.0, datasets_above=-1.0)
+    pipe.register_to_config(
+        target=targets[0], targets=targets, tasks=tasks, far_below=-1.0, known_above=2.0, datasets_above=-1.0
+    )
     pipe._encoder, pipe.image_encoder = encoder, sees
     return pipe, [task for s in specs for task in tuned_tasks(pipe, s, data[s.name], CONDITIONS, 0)]
 

@@ -40,7 +40,8 @@ PADDING = -1  # in the place of codes, where a network has fewer tokens than ano
 COLD = 1e-6  # temperatures below take the likeliest codes: divided by them, logits would be infinite
 GIVEN = "given"  # name of an architecture that a caller brings
 UNNAMED = "default"  # and of one that had no name before
-CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "datasets_above", "temperature"}  # to a generator with one more
+# to a generator with one more
+CARRIED = {"encoder", "image_encoder", "far_below", "known_above", "datasets_above", "temperature"}
 
 
 class IGPGPipeline(Codes, WeightGenPipeline):
