@@ -97,14 +97,15 @@ def read_request(
         embeds = F.normalize(of_prompts + of_dataset, dim=-1)
     nearest = pipe.nearest_tasks(embeds, channels)
     if of_prompts is not None:
-        asked = prompts or ["(embedding)"] * len(embeds)
-        for text, near in zip(asked, pipe.nearest_tasks(of_prompts, channels), strict=True):
+        prompts = prompts or ["(embedding)"] * len(of_prompts)
+        of_texts = nearest if embeds is of_prompts else pipe.nearest_tasks(of_prompts, channels)
+        for text, near in zip(prompts, of_texts, strict=True):
             pipe.warn_if_far(f"prompt {text[:80]!r}", near, "far_below")
     if of_dataset is not None:
         text = f"dataset of {', '.join(names[0])}"
-        pipe.warn_if_far(text[:80], pipe.nearest_tasks(of_dataset, channels)[0], "datasets_above")
+        (near,) = nearest if embeds is of_dataset else pipe.nearest_tasks(of_dataset, channels)
+        pipe.warn_if_far(text[:80], near, "datasets_above")
         prompts = prompts or [f"({text})"]
-    prompts = prompts or ["(embedding)"] * len(embeds)
     names = names or [list(near[0][0]["labels"]) for near in nearest]
     numbers = [target_number(pipe.targets, near[0][0], architecture) for near in nearest]
     return Request(prompts, embeds, of_prompts, of_dataset, names, class_embeds, nearest, numbers)

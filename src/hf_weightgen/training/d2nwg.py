@@ -156,5 +156,5 @@ def make_schedulers(prediction_type: str):
     training = DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False
     )
-    # fresh noise at each step corrects two of three latents that run away with a deterministic solver (1 of 100 on SVHN)
+    # fresh noise at each step corrects most latents that run away with a deterministic solver
     return training, DPMSolverMultistepScheduler.from_config(training.config, algorithm_type="sde-dpmsolver++")

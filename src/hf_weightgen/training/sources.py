@@ -230,10 +230,10 @@ def known_tasks(
 
 def _left_out_cosines(embeds: Tensor) -> Tensor:
     """How near each of `(P, E)` is to centres of the others, a quarter of all at a time: what was never seen lies as far."""
-    part, cosines = torch.arange(len(embeds)) % 4, [embeds.new_ones(1)]  # a single one tells nothing
-    for own in part.unique() if len(embeds) > 1 else []:
-        cosines.append((embeds[part == own] @ _centres(embeds[part != own]).mT).amax(1))
-    return torch.cat(cosines)
+    if len(embeds) == 1:  # it tells nothing
+        return embeds.new_ones(1)
+    part = torch.arange(len(embeds)) % 4
+    return torch.cat([(embeds[part == k] @ _centres(embeds[part != k]).mT).amax(1) for k in part.unique()])
 
 
 def _centres(embeds: Tensor) -> Tensor:
