@@ -54,9 +54,7 @@ def sets() -> dict[str, FeatureSet]:
 @pytest.fixture(scope="module")
 def trained(sets, tmp_path_factory) -> tuple[D2NWGPipeline, HeadTensors, list[float]]:
     folder = tmp_path_factory.mktemp("heads")
-    config = HeadZooConfig(
-        tuple(sets), tasks=40, ways=(5, 3), group=20, examples=10, tests=5, epochs=10, batch_size=10
-    )
+    config = HeadZooConfig(tuple(sets), tasks=40, ways=(5, 3), group=20, examples=10, tests=5, steps=20)
     build_head_zoo(sets, folder, config, progress=False)
     zoo = load_zoo(str(folder))
     rows = [i for i, split in enumerate(zoo["split"]) if split == "train"]

@@ -73,7 +73,7 @@ def test_a_dataset_says_itself_what_it_is(tmp_path):
 
 def test_a_zoo_of_heads_continues_and_works(tmp_path):
     sets = {name: clusters(name, seed=seed, pool=30) for seed, name in enumerate(("animals", "plants"))}
-    config = HeadZooConfig(tuple(sets), tasks=12, ways=(2, 5), group=4, examples=8, tests=4, epochs=10, batch_size=8)
+    config = HeadZooConfig(tuple(sets), tasks=12, ways=(2, 5), group=4, examples=8, tests=4, steps=20)
     build_head_zoo(sets, tmp_path, config, progress=False)
     rows = load_zoo(str(tmp_path))
     assert sorted(len(labels) for labels in rows["labels"]) == [2] * 8 + [5] * 4

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture, mlp
 from hf_weightgen.targets.stacked import unstack
+from hf_weightgen.zoo.heads import train_heads
 from hf_weightgen.zoo.networks import INITS, initial, predict_networks, train_networks
 from tiny import random
 
@@ -108,6 +109,43 @@ def test_linear_heads_are_those_of_linear_layers_trained_each_alone(optimizer, b
         torch.testing.assert_close(trained["head.weight"][k], head.weight.detach(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(trained["head.bias"][k], head.bias.detach(), rtol=1e-4, atol=1e-6)
         assert torch.equal(predict_networks(HEADS, trained, features)[k], head(features[k]).argmax(-1))
+
+
+@pytest.mark.parametrize("count", [1, 6, 30], ids="{} examples".format)  # 30 are more than features
+@pytest.mark.parametrize(
+    "rule", [{}, {"momentum": 0.9}, {"momentum": 0.8, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}], ids=str
+)
+def test_heads_in_the_span_of_their_examples_are_those_of_linear_layers(rule, count):
+    features = torch.randn(len(SEEDS), count, 12, generator=random(1))
+    labels, start = torch.randint(4, (len(SEEDS), count), generator=random(2)), initial(HEADS, SEEDS)
+
+    def make_optimizer(tensors):
+        weight, bias = tensors
+        return SGD([{"params": [weight], "lr": 0.3, "weight_decay": 0.02}, {"params": [bias], "lr": 0.1}], **rule)
+
+    def make_scheduler(optimizer):
+        return OneCycleLR(optimizer, [0.5, 0.2], total_steps=STEPS)
+
+    kept = {name: tensor.clone() for name, tensor in start.items()}
+    trained = train_heads(start, features, labels, make_optimizer, steps=STEPS, make_scheduler=make_scheduler)
+    assert all(torch.equal(start[name], tensor) for name, tensor in kept.items())
+    for k in range(len(SEEDS)):
+        head = torch.nn.Linear(12, 4)
+        head.load_state_dict({"weight": start["head.weight"][k], "bias": start["head.bias"][k]})
+        own = make_optimizer(list(head.parameters()))
+        scheduler = make_scheduler(own)
+        for _ in range(STEPS):
+            own.zero_grad()
+            F.cross_entropy(head(features[k]), labels[k]).backward()
+            own.step()
+            scheduler.step()
+        torch.testing.assert_close(trained["head.weight"][k], head.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained["head.bias"][k], head.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_optimiser_that_leaves_the_span_is_refused():
+    with pytest.raises(ValueError, match="needs `torch.optim.SGD`, got Adam"):
+        train_heads(initial(HEADS, SEEDS), torch.zeros(3, 2, 12), torch.zeros(3, 2).long(), Adam, steps=1)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

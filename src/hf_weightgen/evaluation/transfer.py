@@ -19,13 +19,13 @@ from torch import Tensor
 from ..targets.architectures import TargetConfig
 from ..targets.stacked import stack, unstack
 from ..zoo.features import FeatureSet, FewShotTask
-from ..zoo.heads import HeadZooConfig
 from ..zoo.networks import initial, predict_networks, train_networks
 from .few_shot import score_head
 
 
 EPOCHS = (0, 1, 5, 25, 50)
 LEARNING_RATES, SCALES = (5e-3, 2.5e-2, 1e-1), (1.0, 8.0)
+BATCH_SIZE, WEIGHT_DECAY = 50, 0.05
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 Head = Mapping[str, Tensor]  # `head.weight` (C, F) and `head.bias` (C,)
 
@@ -100,7 +100,7 @@ def fine_tune(
     epochs: Sequence[int] = EPOCHS,
 ) -> dict[str, dict[int, Tensor]]:
     """
-    Trains heads on all examples of a task, with the optimiser of zoos of heads.
+    Trains heads on all examples of a task by AdamW.
 
     Args:
         starts: By name one or several heads.
@@ -112,7 +112,7 @@ def fine_tune(
     C, n, _ = task.support.shape
     inputs, labels = task.support.flatten(0, 1), torch.arange(C).repeat_interleave(n)
     queries, truth = task.queries.flatten(0, 1), torch.arange(C).repeat_interleave(task.queries.shape[1])
-    target, zoo = _target(task), HeadZooConfig(())
+    target = _target(task)
     scores: dict[str, dict[int, Tensor]] = {name: {} for name in starts}
 
     def score(params: Mapping[str, Tensor]) -> Tensor:
@@ -129,9 +129,9 @@ def fine_tune(
             params,
             inputs,
             labels,
-            lambda tensors, lr=lr: torch.optim.AdamW(tensors, lr=lr, weight_decay=zoo.weight_decay, fused=True),
+            lambda tensors, lr=lr: torch.optim.AdamW(tensors, lr=lr, weight_decay=WEIGHT_DECAY, fused=True),
             epochs=max(epochs),
-            batch_size=min(zoo.batch_size, len(labels)),
+            batch_size=min(BATCH_SIZE, len(labels)),
             generator=torch.Generator().manual_seed(seed),
         )
         for epoch, trained in enumerate(training, start=1):

@@ -71,12 +71,12 @@ class WeightDenoiser(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.FloatTensor` of shape `(B, channels, height, width)`): Noisy latents.
             timestep (`torch.Tensor` of shape `(B,)` or a number).
-            class_labels (`torch.FloatTensor` of shape `(B, E)`): Prompt embeddings; zeros for no prompt.
+            class_labels (`torch.FloatTensor` of shape `(B, E)`, or `(1, E)` for all): Prompt embeddings; zeros for no prompt.
 
         Returns:
             [`UNet2DConditionOutput`] with `sample` of the shape of the input.
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one for all, or B
         time = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         # embeddings have unit length: without the factor their components would vanish beside the time's
         condition = F.silu(time + self.class_embedding(class_labels * math.sqrt(class_labels.shape[-1])))

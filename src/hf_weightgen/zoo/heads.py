@@ -5,25 +5,27 @@ Reference: D2NWG (https://huggingface.co/papers/2402.18153), section 4.1.1: "lin
 
 Every group is a shard as soon as it is trained; the same call continues with what is missing.
 
-Notation: K heads of a group, C classes, F size of a feature.
+Notation: K heads of a group, C classes, n examples of all classes together, F size of a feature.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from ..targets.architectures import TargetConfig
 from ..targets.stacked import unstack
 from .features import FeatureSet
 from .folder import ZooFolder
-from .networks import initial, predict_networks, train_networks
+from .networks import initial, predict_networks
 from .recipe import check_same_config, seed_of, versions, write_config
 from .schema import make_row
 
@@ -35,21 +37,79 @@ class HeadZooConfig:
         tasks: Heads in all; the last tenth trains no generator.
         ways: Class counts, one per group in turn.
         group: Heads that are trained at once.
-        examples, tests: Of each class, to train on and to measure.
+        examples, tests:
+            Of each class, to train on and to measure. More examples make better heads, but generators that learn from
+            them are no better, and training slows down once the Gram matrices of a group leave the cache.
         sets: Names of the sets, which are drawn by the square root of their class counts.
+        steps: Of SGD with Nesterov momentum, each on all examples.
     """
 
     sets: tuple[str, ...]
     tasks: int = 4096
     ways: tuple[int, ...] = (5, 2, 5, 10)
     group: int = 256
-    examples: int = 40
+    examples: int = 16
     tests: int = 20
-    epochs: int = 40
-    batch_size: int = 50
-    lr: float = 0.02
-    weight_decay: float = 0.05
+    steps: int = 100
+    lr: float = 3.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
     seed: int = 0
+
+
+@torch.no_grad()
+def train_heads(
+    params: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    make_optimizer: Callable[[list[Tensor]], Optimizer],
+    *,
+    steps: int,
+    make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+) -> dict[str, Tensor]:
+    r"""
+    Trains K linear heads at once by cross-entropy, each on all examples of its own in every step.
+
+    Gradients of a head's weights are sums of its examples, so that the weights stay $W_t = c_t W_0 + A_t X$, and what SGD does
+    to them, with momentum and decay too, it does alike to $c$ and $A$. They are trained in the place of $W$: a step
+    multiplies by the examples' Gram matrix once, where weights need two products with the examples themselves. That is
+    the faster the fewer examples there are; from more than F on [`~zoo.networks.train_networks`] is no slower.
+
+    Args:
+        params: Stacked `head.weight` `(K, C, F)` and `head.bias` `(K, C)`, see [`~zoo.networks.initial`]; they are left as they are.
+        inputs (`torch.FloatTensor` of shape `(K, n, F)`).
+        labels (`torch.LongTensor` of shape `(K, n)`).
+        make_optimizer: Makes an [`~torch.optim.SGD`] of what stands for weights and biases.
+        make_scheduler: Makes its schedule, which moves after each step.
+
+    Returns:
+        `dict[str, torch.Tensor]`: As `params`; equal to those of K single trainings within float tolerance.
+
+    Raises:
+        ValueError: If the optimiser is another: those that scale every weight on its own leave the span.
+    """
+    start, n = params["head.weight"], inputs.shape[1]
+    bias = params["head.bias"].clone().requires_grad_()
+    gram, at_start = inputs @ inputs.mT, start @ inputs.mT  # (K, n, n), (K, C, n)
+    coordinates = F.pad(torch.zeros_like(at_start), (0, 1), value=1.0).requires_grad_()  # (K, C, n + 1): A, then c
+    optimizer = make_optimizer([coordinates, bias])
+    if type(optimizer) is not SGD:
+        raise ValueError(
+            f"Heads are trained as sums of their examples, which needs `torch.optim.SGD`, got {type(optimizer).__name__}; "
+            "`train_networks` takes any optimiser."
+        )
+    scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
+    truth = F.one_hot(labels, start.shape[1]).mT.to(inputs.dtype).contiguous()  # (K, C, n)
+    coordinates.grad = torch.zeros_like(coordinates)
+    weights, scale, grad = coordinates[..., :n], coordinates[..., n:], coordinates.grad[..., :n]
+    for _ in range(steps):
+        logits = torch.baddbmm(bias[..., None], weights, gram).addcmul_(scale, at_start)  # (K, C, n)
+        torch.sub(logits.softmax(1), truth, out=grad).div_(n)
+        bias.grad = grad.sum(2)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return {"head.weight": torch.baddbmm(scale * start, weights, inputs), "head.bias": bias.detach()}
 
 
 def build_head_zoo(
@@ -93,15 +153,19 @@ def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, sta
     inputs, tests = (torch.stack(part) for part in zip(*drawn, strict=True))  # (K, C, examples or tests, F)
     target = TargetConfig(input_shape=[inputs.shape[-1]], layers=[], num_classes=ways)
     labels = torch.arange(ways).repeat_interleave(config.examples).expand(count, -1)
-    *_, trained = train_networks(
-        target,
+    trained = train_heads(
         initial(target, [seed_of(config.seed, start + k) for k in range(count)]),
         inputs.flatten(1, 2),
         labels,
-        lambda tensors: AdamW(tensors, lr=config.lr, weight_decay=config.weight_decay, fused=True),
-        epochs=config.epochs,
-        batch_size=min(config.batch_size, labels.shape[1]),
-        generator=generator,
+        lambda tensors: SGD(
+            tensors,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=True,
+            fused=True,
+        ),
+        steps=config.steps,
     )
     truth = torch.arange(ways).repeat_interleave(config.tests)
     scores = (predict_networks(target, trained, tests.flatten(1, 2)) == truth).double().mean(1).tolist()
@@ -119,10 +183,10 @@ def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, sta
                 labels=names,
                 seed=start + k,
                 checkpoint=0,
-                epoch=config.epochs,
+                epoch=config.steps,
                 arch={"name": "head", "input_shape": target.input_shape},
                 metrics={"validation": scores[k]},
-                provenance={"hyper_parameters": asdict(config) | {"optimizer": "AdamW"}, "versions": versions()},
+                provenance={"hyper_parameters": asdict(config) | {"optimizer": "SGD"}, "versions": versions()},
             )
         )
     return rows
