@@ -1,8 +1,9 @@
 """What our work costs beside the plain PyTorch loop over the same work; `speed.py --format json` prints it.
 
 Each work is measured several times, in turn with its anchor, and medians are told. Anchors run in a process of their own,
-with the C library's memory as it is; ours run where [`keep_memory`] was called, as zoo building and training call it. The
-loops over CNNs are told a second time with kept memory.
+with the C library's memory as it is and torch's default optimisers; ours run where [`keep_memory`] was called, as zoo building
+and training call it, and heads with Adam's fused kernel, from which loops would gain too. The loops over CNNs are told a
+second time with kept memory.
 """
 
 import functools
@@ -134,15 +135,14 @@ def heads_of_few(examples: int) -> Sides:
     labels = torch.randint(CLASSES, (HEADS, examples), generator=random)
     start = initial(LINEAR, list(range(HEADS)))
 
-    def sgd(parameters: Iterable[Tensor], **settings) -> Optimizer:
-        rule = {"lr": zoo.lr, "momentum": zoo.momentum, "weight_decay": zoo.weight_decay, "nesterov": True}
-        return SGD(parameters, **rule, **settings)
+    def sgd(parameters: Iterable[Tensor]) -> Optimizer:
+        return SGD(parameters, lr=zoo.lr, momentum=zoo.momentum, weight_decay=zoo.weight_decay)
 
     def loop() -> None:
         for k in range(LOOPED):
             fit(nn.Linear(FEATURES, CLASSES), features[k], labels[k], examples, zoo.steps, sgd)
 
-    ours = functools.partial(train_heads, start, features, labels, functools.partial(sgd, fused=True), steps=zoo.steps)
+    ours = functools.partial(train_heads, start, features, labels, sgd, steps=zoo.steps)
     return lambda: 1e3 * per(HEADS, ours), lambda: 1e3 * per(LOOPED, loop)
 
 
@@ -219,7 +219,7 @@ def works(
         f"train {NETWORKS} tiny CNNs, {seen} in batches of 64": (step, lambda: training(64, 30, data_root)),
         f"train {NETWORKS} tiny CNNs, {seen} in batches of 10": (step, lambda: training(10, 60, data_root)),
         **{
-            f"train {HEADS} linear heads, {HeadZooConfig.steps} steps of SGD on {examples} examples of their own": (
+            f"train {HEADS} linear heads, {HeadZooConfig.steps} steps of SGD with momentum on {examples} examples of their own": (
                 head, functools.partial(heads_of_few, examples),
             )
             for examples in (25, CLASSES * HeadZooConfig.examples)

@@ -56,6 +56,15 @@ def test_timesteps_may_be_numbers_or_tensors(timestep, denoiser, inputs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("timestep", [500, torch.tensor([1, 500, 999])], ids=["one time", "times"])
+def test_one_prompt_stands_for_all(timestep, denoiser, inputs):
+    randomised(denoiser)
+    one = inputs[2][:1]
+    expected = denoiser(inputs[0], timestep, class_labels=one.expand(3, -1)).sample
+    torch.testing.assert_close(denoiser(inputs[0], timestep, class_labels=one).sample, expected)
+
+
+@torch.no_grad()
 def test_unit_prompts_weigh_as_much_as_the_time(denoiser, inputs):
     """Embeddings of unit length have tiny components; without a factor the prompt would hardly be seen."""
     size = torch.tensor(8.0).sqrt()

@@ -177,16 +177,21 @@ def test_flow_matching(encoder):
         assert_same(pipe(SST2, num_samples=2, generator=random(0)).weights, most.weights[:2])
 
 
-def test_a_unet_of_diffusers_may_be_the_denoiser(pipe):
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("concat", [False, True], ids=["added", "concatenated"])  # how it takes conditions
+def test_a_unet_of_diffusers_may_be_the_denoiser(concat, guidance, pipe):
     unet = UNet2DConditionModel(
         sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 16), layers_per_block=1,
         norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2D", class_embed_type="projection", projection_class_embeddings_input_dim=384,
-        cross_attention_dim=8,
+        cross_attention_dim=8, class_embeddings_concat=concat,
     )  # fmt: skip
     pipe.register_modules(unet=randomised(unet).eval())
-    most = pipe(SST2, num_samples=3, generator=random(0), guidance_scale=2.0)
-    assert_same(pipe(SST2, generator=random(0), guidance_scale=2.0).weights, most.weights[:1])
+    most = pipe(SST2, num_samples=3, generator=random(0), guidance_scale=guidance)
+    assert_same(pipe(SST2, generator=random(0), guidance_scale=guidance).weights, most.weights[:1])
+    both = pipe([NEWS, SST2], num_samples=3, generator=random(0), guidance_scale=guidance)  # conditions that differ
+    alone = pipe(NEWS, num_samples=3, generator=random(0), guidance_scale=guidance)
+    assert_same(both.weights[:3], alone.weights)
 
 
 def test_guidance(pipe):

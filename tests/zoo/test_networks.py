@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture, mlp
 from hf_weightgen.targets.stacked import unstack
-from hf_weightgen.zoo.heads import train_heads
+from hf_weightgen.zoo.heads import HeadZooConfig, train_heads
 from hf_weightgen.zoo.networks import INITS, initial, predict_networks, train_networks
 from tiny import random
 
@@ -141,6 +141,51 @@ def test_heads_in_the_span_of_their_examples_are_those_of_linear_layers(rule, co
             scheduler.step()
         torch.testing.assert_close(trained["head.weight"][k], head.weight.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(trained["head.bias"][k], head.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["foreach", "fused"])
+def test_heads_do_not_depend_on_the_kernel_or_the_layout_in_memory(kernel):
+    features, labels = torch.randn(3, 6, 12, generator=random(1)), torch.randint(4, (3, 6), generator=random(2))
+    start = initial(HEADS, SEEDS)
+    start["head.bias"] = torch.randn(4, 3, generator=random(3)).T
+
+    def trained(**settings) -> dict[str, torch.Tensor]:
+        def make_optimizer(tensors):
+            return SGD(tensors, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05, **settings)
+
+        def make_scheduler(optimizer):
+            def decay(epoch):  # ends: from here on some kernels write into gradients
+                optimizer.param_groups[0]["weight_decay"] = 0.05 if epoch < 10 else 0.0
+                return 1.0
+
+            return LambdaLR(optimizer, decay)
+
+        return train_heads(start, features, labels, make_optimizer, steps=30, make_scheduler=make_scheduler)
+
+    plain, other = trained(foreach=False), trained(**{kernel: True})
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_of_head_zoos_are_stable_where_features_hardly_differ():
+    """All of one length, so alike that the loss is as curved as it can be."""
+    features = 4 * torch.randn(8, 1, 12, generator=random(1)) + torch.randn(8, 20, 12, generator=random(2))
+    features, labels = F.normalize(features, dim=-1), torch.arange(2).repeat_interleave(10).expand(8, -1)
+    two, zoo = TargetConfig(input_shape=[12], layers=[], num_classes=2), HeadZooConfig(())
+
+    def loss(steps: int, lr: float) -> torch.Tensor:
+        rule = {"lr": lr, "momentum": zoo.momentum, "weight_decay": zoo.weight_decay}
+        heads = train_heads(initial(two, range(8)), features, labels, lambda t: SGD(t, **rule), steps=steps)
+        logits = features @ heads["head.weight"].mT + heads["head.bias"][:, None]
+        decay = heads["head.weight"].square().sum((1, 2)) + heads["head.bias"].square().sum(1)
+        return F.cross_entropy(logits.mT, labels, reduction="none").mean(1) + zoo.weight_decay / 2 * decay
+
+    assert (loss(zoo.steps, zoo.lr) < loss(5000, 0.3) + 0.02).all()
+
+
+def test_heads_need_labels_of_their_examples():
+    with pytest.raises(ValueError, match=r"labels \(K, n\), got \(3, 2, 12\) and \(3, 1\)"):
+        train_heads(initial(HEADS, SEEDS), torch.zeros(3, 2, 12), torch.zeros(3, 1).long(), Adam, steps=1)
 
 
 def test_an_optimiser_that_leaves_the_span_is_refused():

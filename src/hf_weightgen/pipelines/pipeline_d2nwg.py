@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.modeling_dataset_encoder import DatasetEncoder
+from ..models.modeling_denoiser import WeightDenoiser
 from ..models.modeling_predictor import AccuracyPredictor
 from ..models.modeling_weight_vae import WeightVAE
 from ..targets.mixed import architecture_codes, with_architecture
@@ -270,7 +271,8 @@ class D2NWGPipeline(WeightGenPipeline):
         latents = latents * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else latents
         extra = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         conditions = torch.cat([embeds, blank]) if guidance != 1 else embeds
-        if (conditions == conditions[:1]).all():  # samples of one prompt: the denoiser's half that reads it runs once
+        # of samples of one prompt the half of the denoiser that reads it runs once; not all U-Nets can do that
+        if isinstance(self.unet, WeightDenoiser) and (conditions == conditions[:1]).all():
             conditions = conditions[:1]
         conditions = conditions.to(self.unet.device, self.unet.dtype)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):

@@ -41,7 +41,10 @@ class HeadZooConfig:
             Of each class, to train on and to measure. More examples make better heads, but generators that learn from
             them are no better, and training slows down once the Gram matrices of a group leave the cache.
         sets: Names of the sets, which are drawn by the square root of their class counts.
-        steps: Of SGD with Nesterov momentum, each on all examples.
+        steps: Of SGD, each on all examples.
+        lr, momentum, weight_decay:
+            Of SGD. Features have unit length and a bias is one more of length 1, so that the loss's curvature is at most 1 and
+            steps are stable up to a learning rate of 2 (1 + `momentum`).
     """
 
     sets: tuple[str, ...]
@@ -70,10 +73,11 @@ def train_heads(
     r"""
     Trains K linear heads at once by cross-entropy, each on all examples of its own in every step.
 
-    Gradients of a head's weights are sums of its examples, so that the weights stay $W_t = c_t W_0 + A_t X$, and what SGD does
-    to them, with momentum and decay too, it does alike to $c$ and $A$. They are trained in the place of $W$: a step
-    multiplies by the examples' Gram matrix once, where weights need two products with the examples themselves. That is
-    the faster the fewer examples there are; from more than F on [`~zoo.networks.train_networks`] is no slower.
+    Gradients of a head's weights are weighted sums of its examples X `(n, F)`, so that the weights stay $W_t = c_t W_0 + A_t X$
+    with A `(C, n)` and a number c, and what SGD does to them, with momentum and decay too, it does alike to A and c. These
+    are trained in the place of W: a step multiplies once by the examples' Gram matrix `(n, n)`, where weights need two
+    products with the examples themselves. The fewer examples, the larger the gain; for more examples than features use
+    [`~zoo.networks.train_networks`].
 
     Args:
         params: Stacked `head.weight` `(K, C, F)` and `head.bias` `(K, C)`, see [`~zoo.networks.initial`]; they are left as they are.
@@ -83,13 +87,18 @@ def train_heads(
         make_scheduler: Makes its schedule, which moves after each step.
 
     Returns:
-        `dict[str, torch.Tensor]`: As `params`; equal to those of K single trainings within float tolerance.
+        `dict[str, torch.Tensor]`: As `params`; equal to those of K single trainings within float tolerance, if these are stable.
 
     Raises:
-        ValueError: If the optimiser is another: those that scale every weight on its own leave the span.
+        ValueError: If shapes do not fit, or the optimiser is another: those that scale every weight on its own leave the span.
     """
     start, n = params["head.weight"], inputs.shape[1]
-    bias = params["head.bias"].clone().requires_grad_()
+    if inputs.shape != (len(start), n, start.shape[2]) or labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"Heads {tuple(start.shape)} need inputs (K, n, F) and labels (K, n), got {tuple(inputs.shape)} and {tuple(labels.shape)}."
+        )
+    # in one layout with its gradient: torch's fused optimisers read both as they lie in memory
+    bias = params["head.bias"].clone(memory_format=torch.contiguous_format).requires_grad_()
     gram, at_start = inputs @ inputs.mT, start @ inputs.mT  # (K, n, n), (K, C, n)
     coordinates = F.pad(torch.zeros_like(at_start), (0, 1), value=1.0).requires_grad_()  # (K, C, n + 1): A, then c
     optimizer = make_optimizer([coordinates, bias])
@@ -105,6 +114,7 @@ def train_heads(
     for _ in range(steps):
         logits = torch.baddbmm(bias[..., None], weights, gram).addcmul_(scale, at_start)  # (K, C, n)
         torch.sub(logits.softmax(1), truth, out=grad).div_(n)
+        coordinates.grad[..., n:] = 0  # some optimisers write there
         bias.grad = grad.sum(2)
         optimizer.step()
         if scheduler is not None:
@@ -157,14 +167,7 @@ def _train(sets: Mapping[str, FeatureSet], config: HeadZooConfig, ways: int, sta
         initial(target, [seed_of(config.seed, start + k) for k in range(count)]),
         inputs.flatten(1, 2),
         labels,
-        lambda tensors: SGD(
-            tensors,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=True,
-            fused=True,
-        ),
+        lambda tensors: SGD(tensors, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay),
         steps=config.steps,
     )
     truth = torch.arange(ways).repeat_interleave(config.tests)
