@@ -224,10 +224,14 @@ class _LargestProduct(torch.autograd.Function):
 def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
     """The activation of [`_LargestProduct`], where no gradient follows: a block leaves the cache once, at its end."""
     out, one = weight.new_empty(len(first), weight.shape[1]), weight.new_ones(())
+    buffers = weight.new_empty(
+        2, min(_block_size(out), len(out)), out.shape[1]
+    )  # one pair for all blocks, in the cache
     for rows in _blocks(out):
-        largest = first[rows] @ weight
+        largest, product = buffers[:, : len(first[rows])]
+        torch.mm(first[rows], weight, out=largest)
         for part in others:
-            torch.maximum(largest, part[rows] @ weight, out=largest)
+            torch.maximum(largest, torch.mm(part[rows], weight, out=product), out=largest)
         if activation == "tanh":  # 1 - 2 sigmoid(-2 x), as in [`_Tanh`]
             torch.sub(-2 * bias, largest, alpha=2, out=largest).sigmoid_()
             torch.sub(one, largest, alpha=2, out=out[rows])
@@ -238,8 +242,12 @@ def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tenso
 
 def _blocks(out: Tensor) -> Iterator[slice]:
     """Rows that fit the cache."""
-    size = max(CACHED // out.shape[1], 1)
+    size = _block_size(out)
     return (slice(start, start + size) for start in range(0, len(out), size))
+
+
+def _block_size(out: Tensor) -> int:
+    return max(CACHED // out.shape[1], 1)
 
 
 class _Tanh(torch.autograd.Function):
