@@ -224,9 +224,8 @@ class _LargestProduct(torch.autograd.Function):
 def _largest_product(activation: str, weight: Tensor, bias: Tensor, first: Tensor, *others: Tensor) -> Tensor:
     """The activation of [`_LargestProduct`], where no gradient follows: a block leaves the cache once, at its end."""
     out, one = weight.new_empty(len(first), weight.shape[1]), weight.new_ones(())
-    buffers = weight.new_empty(
-        2, min(_block_size(out), len(out)), out.shape[1]
-    )  # one pair for all blocks, in the cache
+    # one pair for all blocks, in the cache
+    buffers = weight.new_empty(2, min(_block_size(out), len(out)), out.shape[1])
     for rows in _blocks(out):
         largest, product = buffers[:, : len(first[rows])]
         torch.mm(first[rows], weight, out=largest)
