@@ -34,7 +34,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_memory() -> None:
     """
     Asks the C library, where it is glibc, to keep freed memory for the rest of the process. By default it hands back what
-    large tensors held, and up to half of the time of a step goes into page faults of fresh memory.
+    large tensors held, and up to half of the time of a step goes into page faults of fresh memory. Tensors beyond 32 MiB,
+    the most that glibc lets a process ask for, are handed back all the same.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -93,8 +94,8 @@ def train_networks(
         generator: Draws the order, which all networks share.
         on_step: Called with the losses `(K,)` of each step.
         at_once:
-            Networks whose activations are in memory together; the fastest is what the caches hold. Default: 32 that read
-            images, all that read features.
+            Networks whose activations are in memory together; the fastest is what the caches hold, see [`keep_memory`] too.
+            Default: 32 that read images, all that read features.
         num_classes (`torch.LongTensor` of shape `(K,)`, *optional*):
             Where networks have fewer classes than `config`: each learns the first of them, the others count for nothing.
 
@@ -107,7 +108,7 @@ def train_networks(
         raise ValueError(f"A batch of {batch_size} examples needs as many in `inputs`, got {rows}.")
     inputs, labels = inputs if own else inputs[None], labels if own_labels else labels[None]
     trained = {name: tensor.requires_grad_() for name, tensor in params.items() if not name.endswith(BUFFERS)}
-    parts = _parts(K, at_once or (32 if len(config.input_shape) > 1 else K))
+    parts = _parts(config, K, at_once)
     views = [{name: t.detach()[part].requires_grad_(name in trained) for name, t in params.items()} for part in parts]
     optimizer = make_optimizer(list(trained.values()))
     scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
@@ -151,15 +152,14 @@ def predict_networks(
 
     Args:
         chunk: Examples that are read together. Default: 128 images, 256 rows of features.
-        at_once: Networks whose activations are in memory together. Default: 64 that read images, all that read features.
-        num_classes: See [`train_networks`].
+        at_once, num_classes: See [`train_networks`].
     """
     own, K = inputs.dim() > len(config.input_shape) + 1, len(params["head.weight"])
-    images = len(config.input_shape) > 1
+    chunk = chunk or (128 if len(config.input_shape) > 1 else 256)
     predictions = []
-    for examples in (inputs if own else inputs[None]).split(chunk or (128 if images else 256), 1):
+    for examples in (inputs if own else inputs[None]).split(chunk, 1):
         columns, patches = [], [] if own else cut_patches(config, examples)
-        for part in _parts(K, at_once or (64 if images else K)):
+        for part in _parts(config, K, at_once):
             logits = stacked_logits(
                 config, {n: t[part] for n, t in params.items()}, examples[part] if own else examples, patches=patches
             )
@@ -174,8 +174,9 @@ def _taken(data: Tensor, batch: Tensor) -> Tensor:
     return data.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
-def _parts(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
+def _parts(config: TargetConfig, K: int, at_once: int | None) -> list[slice]:
+    size = at_once or (32 if len(config.input_shape) > 1 else K)
+    return [slice(start, start + size) for start in range(0, K, size)]
 
 
 def _masked(logits: Tensor, num_classes: Tensor | None, part: slice) -> Tensor:
