@@ -37,6 +37,7 @@ from hf_weightgen.training.d2nwg import (
     make_schedulers,
     reconstruct,
     scaled_latents,
+    usual_rows,
 )
 from hf_weightgen.training.dataset_encoder import SHOTS, JointDenoiser, dataset_loss
 from hf_weightgen.training.loop import LoopConfig, train
@@ -227,11 +228,16 @@ def main():
     # Stage 2: diffusion over unit-std latents
     fit_latent_scale(vae, *encode(vae, zoo))
     latents, log_stds = scaled_latents(vae, zoo)
+    usual = usual_rows(latents, zoo)
+    latents, log_stds, seen = latents[usual], log_stds[usual], zoo.kept(usual)
+    accelerator.print(
+        f"denoiser: {len(seen)} of {len(zoo)} rows; the latents of the others are far from those of their tasks"
+    )
     denoiser = make_denoiser(args.denoiser)
     noise_scheduler, scheduler = make_schedulers(args.prediction_type)
     settings = loop(max_train_steps, ema_decay=args.ema_decay)
     if joint:
-        both, shown = JointDenoiser(denoiser, dataset_encoder), (source.features, zoo)
+        both, shown = JointDenoiser(denoiser, dataset_encoder), (source.features, seen)
         train(accelerator, both, lambda m, r: m(noise_scheduler, latents, log_stds, *shown, r), settings, "denoiser")
         source.add_datasets(dataset_encoder.eval(), args.seed)
         zoo = source.train
@@ -239,7 +245,7 @@ def main():
         train(
             accelerator,
             denoiser,
-            lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, zoo, r),
+            lambda m, r: diffusion_loss(m, noise_scheduler, latents, log_stds, seen, r),
             settings,
             "denoiser",
         )

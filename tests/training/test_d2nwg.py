@@ -10,6 +10,7 @@ from hf_weightgen.training.d2nwg import (
     encode,
     fit_latent_scale,
     reconstruct,
+    usual_rows,
 )
 from tiny import random, randomised, vae, zoo
 
@@ -54,6 +55,31 @@ def test_the_gate_names_the_remedies():
 def test_the_gate_does_not_open_where_no_task_counts():
     with pytest.raises(GateError, match="no task whose held-out members"):
         check_gate({}, {})
+
+
+def test_rows_far_from_all_others_of_their_task_are_left_out(tiny_zoo):
+    latents = torch.randn(len(tiny_zoo), 4, 8, 8, generator=random(0))
+    assert usual_rows(latents, tiny_zoo).all()
+    far = tiny_zoo.rows_of(1)[0]
+    latents[far] *= 3
+    usual = usual_rows(latents, tiny_zoo)
+    assert (~usual).nonzero().flatten().tolist() == [far]
+    kept = tiny_zoo.kept(usual)
+    assert len(kept) == len(tiny_zoo) - 1 and kept.tasks == tiny_zoo.tasks
+    assert torch.equal(kept.weight_tokens, tiny_zoo.weight_tokens[usual])
+    assert len(kept.rows_of(1)) == len(tiny_zoo.rows_of(1)) - 1
+
+
+def test_rows_of_a_trajectory_and_of_small_spread_are_usual(tiny_zoo):
+    latents = torch.zeros(len(tiny_zoo), 4, 8, 8)
+    assert usual_rows(latents, tiny_zoo).all()  # all the same
+    for task in range(len(tiny_zoo.tasks)):
+        rows = tiny_zoo.rows_of(task)
+        latents[rows, 0, 0, 0] = torch.linspace(-2, 2, len(rows))
+    assert usual_rows(latents, tiny_zoo).all()
+    latents[:, 0, 0, 0] = 1.0
+    latents[tiny_zoo.rows_of(0)[0], 0, 0, 0] = 1.4
+    assert usual_rows(latents, tiny_zoo).all()
 
 
 def test_encoding_does_not_depend_on_the_batch_size(model, tiny_zoo):

@@ -159,6 +159,17 @@ class ZooTensors:
             odds=self.odds[:count] / self.odds[:count].sum(),
         )
 
+    def kept(self, rows: Tensor) -> "ZooTensors":
+        """The rows where `rows` `(R,)` is `True`. Each task needs one, and the shared start, where there is one, is kept."""
+        return replace(
+            self,
+            weight_tokens=self.weight_tokens[rows],
+            padding_mask=self.padding_mask[rows],
+            task_of=self.task_of[rows],
+            layout_of=self.layout_of[rows],
+            start=None if self.start is None else int(rows.sum()) - 1,
+        )
+
     @property
     def prompted_tasks(self) -> list[str]:
         """The tasks that prompts ask for: all but the shared start."""

@@ -19,6 +19,7 @@ MEAN_LOSS, WORST_LOSS = (
     0.5,
     2.0,
 )  # points of accuracy that reconstruction may cost: over all counted tasks, on any of them
+FAR, DEVIATIONS = 1.5, 10  # of a latent that is not learned, see `usual_rows`
 
 
 class GateError(RuntimeError):
@@ -55,6 +56,27 @@ def scaled_latents(vae: WeightVAE, zoo: ZooTensors) -> tuple[Tensor, Tensor]:
     means, log_stds = encode(vae, zoo)
     shape = tuple(vae.config.latent_shape)
     return vae.scale(means).unflatten(1, shape), (log_stds - vae.latent_std.log()).unflatten(1, shape)
+
+
+def usual_rows(latents: Tensor, zoo: ZooTensors) -> Tensor:
+    """
+    `True` for rows whose latents are not much farther from zero than others of their task, `(R,)`. The autoencoder may push a
+    few members that it learned by heart far out; a denoiser that learns them too makes latents between them and the
+    others, which are those of no network.
+
+    Far is beyond 1.5 times the median norm of the task, and beyond ten of its median absolute deviations: along a
+    trajectory norms differ much, and where a task has a few rows, their deviations may be small by chance.
+
+    Args:
+        latents (`torch.FloatTensor` of shape `(R, channels, height, width)`): Posterior means in unit scale.
+    """
+    norms, usual = latents.flatten(1).norm(dim=1), torch.ones(len(zoo), dtype=torch.bool)
+    for task in range(len(zoo.tasks)):
+        rows = zoo.rows_of(task)
+        middle = norms[rows].median()
+        deviation = (norms[rows] - middle).abs().median()
+        usual[rows] = norms[rows] <= torch.maximum(FAR * middle, middle + DEVIATIONS * deviation)
+    return usual
 
 
 def check_gate(original: Mapping[str, float], reconstructed: Mapping[str, float]) -> dict:
