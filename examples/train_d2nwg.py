@@ -230,9 +230,11 @@ def main():
     latents, log_stds = scaled_latents(vae, zoo)
     usual = usual_rows(latents, zoo)
     latents, log_stds, seen = latents[usual], log_stds[usual], zoo.kept(usual)
-    accelerator.print(
-        f"denoiser: {len(seen)} of {len(zoo)} rows; the latents of the others are far from those of their tasks"
-    )
+    if not usual.all():
+        far = len(zoo) - len(seen)
+        accelerator.print(
+            f"the denoiser leaves out {far} of {len(zoo)} rows: latents far from all others of their task"
+        )
     denoiser = make_denoiser(args.denoiser)
     noise_scheduler, scheduler = make_schedulers(args.prediction_type)
     settings = loop(max_train_steps, ema_decay=args.ema_decay)
