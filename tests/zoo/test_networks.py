@@ -1,8 +1,9 @@
 """K networks trained at once are the K networks that each alone would have become."""
 
-import multiprocessing
+import json
 import platform
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from hf_weightgen.targets.architectures import TargetConfig, TargetModel, architecture, mlp
 from hf_weightgen.targets.stacked import unstack
 from hf_weightgen.zoo.heads import HeadZooConfig, train_heads
-from hf_weightgen.zoo.networks import INITS, initial, keep_memory, predict_networks, train_networks
+from hf_weightgen.zoo.networks import INITS, initial, predict_networks, train_networks
 from tiny import random
 
 
@@ -237,24 +238,27 @@ def test_training_learns_and_tells_losses():
         assert torch.equal(model(inputs).logits.argmax(-1), predictions[k])
 
 
-def pages_of_fresh_memory() -> list[int]:
-    """Taken by predicting with many networks, once and again."""
-    from resource import RUSAGE_SELF, getrusage  # nothing that Windows has
-
-    keep_memory()
-    config, taken = CONFIGS["tiny-cnn"], []
-    params, images = initial(config, list(range(128))), torch.rand(256, 1, 28, 28)
-    for _ in range(2):
-        before = getrusage(RUSAGE_SELF).ru_minflt
-        predict_networks(config, params, images)
-        taken.append(getrusage(RUSAGE_SELF).ru_minflt - before)
-    return taken
+# pages of fresh memory that predicting with many networks takes, once and again
+COUNT_PAGES = """
+import json, resource, torch
+from hf_weightgen.targets.architectures import architecture
+from hf_weightgen.zoo.networks import initial, keep_memory, predict_networks
+keep_memory()
+config = architecture("tiny-cnn", channels=1)
+params, images, taken = initial(config, list(range(128))), torch.rand(256, 1, 28, 28), []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    predict_networks(config, params, images)
+    taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(taken))
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
 def test_evaluation_works_in_memory_that_it_keeps():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        first, again = process.submit(pages_of_fresh_memory).result()
+    done = subprocess.run([sys.executable, "-c", COUNT_PAGES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, again = json.loads(done.stdout)
     assert again < first / 4
 
 
