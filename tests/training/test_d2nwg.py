@@ -1,5 +1,7 @@
 """Between zoo and pipeline: the gate refuses bad reconstructions, latents get unit scale, samples the zoo's spread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,19 @@ def test_rows_far_from_all_others_of_their_task_are_left_out(tiny_zoo):
     assert len(kept) == len(tiny_zoo) - 1 and kept.tasks == tiny_zoo.tasks
     assert torch.equal(kept.weight_tokens, tiny_zoo.weight_tokens[usual])
     assert len(kept.rows_of(1)) == len(tiny_zoo.rows_of(1)) - 1
+
+
+def test_the_shared_start_is_kept(tiny_zoo):
+    latents = torch.randn(len(tiny_zoo), 4, 8, 8, generator=random(0))
+    latents[0] *= 3
+    last = len(tiny_zoo) - 1
+    alone = replace(
+        tiny_zoo, start=last, task_of=torch.cat([torch.zeros(6), torch.ones(11), torch.tensor([2.0])]).long()
+    )
+    kept = alone.kept(usual_rows(latents, alone))
+    assert kept.start == last - 1
+    assert torch.equal(kept.weight_tokens[kept.start], tiny_zoo.weight_tokens[last])
+    assert kept.rows_of(2).tolist() == [kept.start]
 
 
 def test_rows_of_a_trajectory_and_of_small_spread_are_usual(tiny_zoo):

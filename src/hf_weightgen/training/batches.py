@@ -139,21 +139,19 @@ class ZooTensors:
 
     def first_tasks(self, count: int) -> "ZooTensors":
         """The rows of the first tasks, with as many classes as these have."""
-        rows, mask = self.task_of < count, self.class_mask[:count]
+        kept, mask = self.kept(self.task_of < count), self.class_mask[:count]
         C = int(mask.sum(1).max())
         body = self.weight_tokens.shape[1] - self.class_mask.shape[1]
         return replace(
-            self,
-            weight_tokens=self.weight_tokens[rows, : body + C],
-            padding_mask=self.padding_mask[rows, : body + C],
-            task_of=self.task_of[rows],
+            kept,
+            weight_tokens=kept.weight_tokens[:, : body + C],
+            padding_mask=kept.padding_mask[:, : body + C],
             tasks=self.tasks[:count],
             class_embeds=[embeds[:, :C] for embeds in self.class_embeds[:count]],
             class_mask=mask[:, :C],
             prompt_embeds=self.prompt_embeds[:count],
             families=self.families[:count],
-            layout_of=self.layout_of[rows],
-            start=self.start if count == len(self.tasks) else None,
+            start=kept.start if count == len(self.tasks) else None,
             dataset_of=None if self.dataset_of is None else self.dataset_of[:count],
             architecture_codes=None if self.architecture_codes is None else self.architecture_codes[:count],
             odds=self.odds[:count] / self.odds[:count].sum(),
